@@ -1,0 +1,8 @@
+"""Sparse training: networks most of whose connections do not exist, during training as well as after it."""
+
+from regrow import methods as methods
+from regrow.sparsifier import Sparsifier as Sparsifier
+from regrow.sparsifier import sparsify as sparsify
+from regrow.topology import Topology as Topology
+
+__version__ = "0.1.0"

@@ -1,0 +1,224 @@
+"""How many entries each weight gets: exact integers that sum to the total.
+
+An allocation is called with the weights, their scores (None where there are none) and the total, and returns one
+count per weight, at most what is active there now. Uniform, ER and ERK read shapes; `globally` reads scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from regrow import selection
+from regrow.method import Allocation
+from regrow.topology import Topology
+from regrow.weight import Sized, SparseWeight, Weights
+
+
+def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> list[int]:
+    """Integers proportional to `shares`, none above its `capacity`, that sum to exactly `total`.
+
+    What a full place cannot hold goes to the others in proportion; where all shares left are zero, in proportion
+    to capacity. Fractions become integers by largest remainder (then larger share, larger capacity, earlier).
+
+    Args:
+        shares: (n,) numbers >= 0.
+        total: what is given out, at most the sum of `capacity`.
+        capacity: (n,) integers >= 0.
+
+    Raises:
+        ValueError: for a share that is negative or not finite (named by its place), or a total that does not fit.
+
+    Example:
+        >>> apportion([1, 1, 2], 10, [2, 100, 100])
+        [2, 3, 5]
+    """
+    for place, value in enumerate(shares):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"share number {place} of {len(shares)} is {value}: shares must be finite and at least 0")
+    if not 0 <= total <= sum(capacity):
+        raise ValueError(f"{len(capacity)} weights hold at most {sum(capacity):,} entries, so {total:,} cannot be placed")
+    exact = _fill(list(shares), total, capacity)
+    counts = [min(c, math.floor(x + 1e-9)) for x, c in zip(exact, capacity, strict=True)]
+    order = sorted(range(len(counts)), key=lambda i: (counts[i] - exact[i], -shares[i], -capacity[i]))
+    while short := total - sum(counts):
+        for i in [i for i in order if counts[i] < capacity[i]][:short]:
+            counts[i] += 1
+    return counts
+
+
+def _fill(shares: list[float], total: int, capacity: Sequence[int]) -> list[float]:
+    """The real solution of sum(min(capacity, scale x shares)) = total; fsum keeps it free of order."""
+    open_ = list(range(len(shares)))
+    while True:
+        rest = total - sum(c for i, c in enumerate(capacity) if i not in open_)
+        weight = math.fsum(shares[i] for i in open_)
+        if weight == 0:
+            shares = [float(capacity[i]) if i in open_ else s for i, s in enumerate(shares)]
+            weight = math.fsum(shares[i] for i in open_) or 1.0
+        scale = rest / weight
+        full = {i for i in open_ if shares[i] * scale >= capacity[i]}
+        if not full:
+            return [shares[i] * scale if i in open_ else float(c) for i, c in enumerate(capacity)]
+        open_ = [i for i in open_ if i not in full]
+
+
+def proportional(share: Callable[[Sized], float]) -> Allocation:
+    """Counts proportional to `share(weight)`, capped at what each weight holds."""
+
+    def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        return apportion([share(w) for w in weights], _given(total), [w.topology.nnz for w in weights])
+
+    return allocate
+
+
+uniform: Allocation = proportional(lambda w: math.prod(w.shape))
+"""The same density everywhere. Source: Evci et al. 2020, Rigging the Lottery, section 3, (1)."""
+
+er: Allocation = proportional(lambda w: _er_density(w) * math.prod(w.shape))
+"""Erdos-Renyi: density proportional to (n_in + n_out) / (n_in n_out). Source: Mocanu et al. 2018, equation 1."""
+
+erk: Allocation = proportional(lambda w: float(sum(w.shape)))
+"""Erdos-Renyi-Kernel: density proportional to sum(shape) / prod(shape). Source: Evci et al. 2020, section 3, (1)."""
+
+
+def erk_power(power: float) -> Allocation:
+    """ERK with density proportional to (sum(shape) / prod(shape))^power: 1 is `erk`, 0 is `uniform`."""
+    return proportional(lambda w: math.prod(w.shape) * (sum(w.shape) / math.prod(w.shape)) ** power)
+
+
+def _er_density(weight: Sized) -> float:
+    n_out, n_in = weight.shape[weight.out_axis], weight.shape[weight.in_axis]
+    return (n_in + n_out) / (n_in * n_out)
+
+
+def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+    """Each weight's count among the `total` highest scores anywhere; equal scores go to the earlier weight.
+
+    Raises:
+        ValueError: without scores, as for a random start, or when one is NaN, naming the weight.
+    """
+    if scores is None:
+        raise ValueError("globally ranks scores, and a random start has none: allocate by uniform, er or erk")
+    for weight, score in zip(weights, scores, strict=True):
+        if bool(score.isnan().any()):
+            raise ValueError(f"{weight.name}: {int(score.isnan().sum()):,} of {score.numel():,} scores are NaN: training has diverged")
+    pooled = torch.cat([s.to(scores[0].device) for s in scores])
+    chosen = selection.highest(pooled, _given(total))
+    ends = torch.tensor([s.numel() for s in scores]).cumsum(0)
+    upto = torch.searchsorted(chosen, ends.to(chosen.device)).tolist()
+    return [after - before for before, after in zip([0, *upto[:-1]], upto, strict=True)]
+
+
+def at_least(minimum: int, allocate: Allocation) -> Allocation:
+    """`allocate`, except that no weight gets less than `minimum` entries (or all it holds): no layer collapses."""
+
+    def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        held: dict[int, int] = {}
+        while True:
+            rest = [i for i in range(len(weights)) if i not in held]
+            left = _given(total) - sum(held.values())
+            if left < 0:
+                raise ValueError(f"at_least({minimum}): {_given(total):,} entries are too few for {len(weights)} weights")
+            counts = allocate([weights[i] for i in rest], scores and [scores[i] for i in rest], left) if rest else []
+            short = {i: floor for i, n in zip(rest, counts, strict=True) if n < (floor := min(minimum, weights[i].topology.nnz))}
+            if not short:
+                given = {**held, **dict(zip(rest, counts, strict=True))}
+                return [given[i] for i in range(len(weights))]
+            held |= short
+
+    return guarded
+
+
+def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> Allocation:
+    """Weights that match a glob get that density; `rest` shares what remains of the total among the others.
+
+    Args:
+        densities: glob -> density in [0, 1]; a glob is matched with the weight's name and with its module's. The
+            first match counts.
+        rest: the allocation of the weights that no glob matches; None makes such a weight an error.
+
+    Raises:
+        ValueError: from the allocation, for a glob that matches nothing, a weight without density, or a total that
+            the given densities exceed (or, where they cover every weight, contradict).
+
+    Example:
+        >>> counts(explicit({"fc1": 0.02, "fc3": 1.0}, rest=uniform), {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}, 0.05)
+        {'fc1': 4704, 'fc2': 7606, 'fc3': 1000}
+    """
+    for pattern, density in densities.items():
+        if not 0 <= density <= 1:
+            raise ValueError(f"explicit: the density of {pattern!r} must lie in [0, 1], got {density:g}")
+
+    def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        given = {i: _count(w, d) for i, w in enumerate(weights) if (d := _density_of(w.name, densities)) is not None}
+        _require_matches(densities, weights)
+        others = [i for i in range(len(weights)) if i not in given]
+        held = sum(given.values())
+        if others and rest is None:
+            raise ValueError(f"explicit: no density for {', '.join(weights[i].name for i in others)}: add globs, or rest=")
+        if total is not None and (held > total or (not others and total - held > len(weights))):
+            raise ValueError(f"explicit: the given densities make {held:,} active entries, the density asks for {total:,}: change one, or leave the density out (None)")
+        if others and rest is not None:
+            chosen = rest([weights[i] for i in others], scores and [scores[i] for i in others], _given(total) - held)
+            given |= dict(zip(others, chosen, strict=True))
+        return [given[i] for i in range(len(weights))]
+
+    return allocate
+
+
+def _density_of(name: str, densities: Mapping[str, float]) -> float | None:
+    return next((d for pattern, d in densities.items() if matches(pattern, name)), None)
+
+
+def _count(weight: Sized, density: float) -> int:
+    return min(weight.topology.nnz, math.floor(density * math.prod(weight.shape) + 0.5))
+
+
+def _require_matches(densities: Mapping[str, float], weights: Sequence[Sized]) -> None:
+    for pattern in densities:
+        if not any(matches(pattern, w.name) for w in weights):
+            raise ValueError(f"explicit: {pattern!r} matches none of the weights {', '.join(w.name for w in weights)}")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob fits a parameter's canonical name, with or without block number, or its module's name."""
+    bare = name.partition("[")[0]
+    return any(fnmatchcase(candidate, pattern) for candidate in (name, bare, bare.rpartition(".")[0]))
+
+
+def counts(allocate: Allocation, shapes: Mapping[str, tuple[int, ...]], density: float | None) -> dict[str, int]:
+    """How many entries `allocate` gives to each of `shapes` at an overall `density`; no model needed.
+
+    Shapes are read as (out, in, ...). Density None leaves it to an `explicit` allocation.
+
+    Example:
+        >>> counts(erk, {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}, 0.02)
+        {'fc1': 3621, 'fc2': 1336, 'fc3': 367}
+    """
+    weights = [Shaped(name, tuple(shape), Topology(tuple(shape))) for name, shape in shapes.items()]
+    total = None if density is None else Weights(cast("tuple[SparseWeight, ...]", tuple(weights))).total(density)
+    return dict(zip(shapes, allocate(weights, None, total), strict=True))
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A weight of which only name and shape are known; every entry is active."""
+
+    name: str
+    shape: tuple[int, ...]
+    topology: Topology
+    out_axis: int = 0
+    in_axis: int = 1
+
+
+def _given(total: int | None) -> int:
+    if total is None:
+        raise ValueError("this allocation shares out a total: give a density, or an explicit density for every weight")
+    return total

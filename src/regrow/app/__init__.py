@@ -1,0 +1,1 @@
+"""Command line, data, models, training loop and pictures: an optional extra, ``pip install regrow[app]``."""

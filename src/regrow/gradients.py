@@ -1,0 +1,45 @@
+"""The mean gradient over several batches, leaving no trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> scalar loss."""
+
+
+@contextmanager
+def mean_gradient(model: nn.Module, parameters: Sequence[nn.Parameter], batches: Iterable[Any], loss: Loss) -> Iterator[None]:
+    """Within the context `grad` of `parameters` is the mean over `batches` of the gradient of `loss`.
+
+    Afterwards all gradients, all buffers (running statistics of batch norm) and the random state are as before.
+
+    Raises:
+        ValueError: when `batches` is empty.
+    """
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            count = 0
+            for batch in batches:
+                loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                count += 1
+        if not count:
+            raise ValueError("batches= is empty: give at least one batch")
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(count)
+        yield
+    finally:
+        for buffer, values in buffers:
+            buffer.copy_(values)
+        for parameter, grad in grads:
+            parameter.grad = grad

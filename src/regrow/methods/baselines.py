@@ -1,0 +1,35 @@
+"""What dynamic sparse training is compared with: no sparsity at all, and a topology that never changes."""
+
+from __future__ import annotations
+
+from regrow import starts
+from regrow.allocation import erk
+from regrow.method import Allocation, Method
+from regrow.validation import require_density
+
+
+def dense() -> Method:
+    """Ordinary dense training through the same code path: every entry active, no update.
+
+    Example:
+        >>> dense().due(100)
+        False
+    """
+    return Method("dense", starts.dense())
+
+
+def static(density: float | None, *, allocate: Allocation = erk) -> Method:
+    """A random topology that never changes.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1]; None leaves it to an explicit allocation.
+        allocate: how the active entries are shared among the weights.
+
+    Source: Evci et al. 2020, Rigging the Lottery, section 4 ("Static").
+
+    Example:
+        >>> static(0.1).name
+        'static'
+    """
+    require_density("static", density)
+    return Method("static", starts.random_topology(density, allocate))

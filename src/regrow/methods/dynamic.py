@@ -1,0 +1,168 @@
+"""Dynamic sparse training: the number of connections stays, their places move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from regrow import growth, observers, starts
+from regrow.allocation import er, erk, uniform
+from regrow.drops import lowest
+from regrow.method import Allocation, Drop, Method, Need, Regrow, Statistic, Timing
+from regrow.redistribution import mean_momentum
+from regrow.schedules import Schedule, constant, cosine
+from regrow.scores import magnitude
+from regrow.updates import drop_and_grow, every
+from regrow.validation import require_choice, require_density, require_fraction
+
+Anneal = Callable[[float, int, int], Schedule]
+"""How the drop fraction moves: (first value, until, begin) -> schedule."""
+
+
+def rigl(
+    density: float | None,
+    *,
+    until: int,
+    begin: int | None = None,
+    interval: int = 100,
+    fraction: float = 0.3,
+    anneal: Anneal = cosine,
+    allocate: Allocation = erk,
+    regrow_dropped: Regrow = "keep",
+    timing: Timing = "instead",
+) -> Method:
+    """RigL: drop the smallest magnitudes, grow where the gradient is largest.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1]; None leaves it to an explicit allocation.
+        until: optimizer step from which the topology is fixed; the paper takes three quarters of the run.
+        begin: optimizer step of the first update; None means `interval`.
+        interval: optimizer steps between two updates.
+        fraction: share of active entries dropped at first, in [0, 1].
+        anneal: how that share moves: `cosine`, `constant`, `linear`, `inverse_power`.
+        allocate: how the active entries are shared among the weights at the start.
+        regrow_dropped: "keep", "reset" or "forbid" entries that are dropped and would grow again at once.
+        timing: the update comes "instead" of an optimizer step, as in Algorithm 1, or "after" one.
+
+    Source: Evci et al. 2020, Rigging the Lottery: Making All Tickets Winners, Algorithm 1. No noise is added to the
+    scores, inactive entries cannot survive the drop, and the first update is at `interval`, not at step 0.
+
+    Example:
+        >>> method = rigl(0.1, until=350)
+        >>> [step for step in range(500) if method.due(step)]
+        [100, 200, 300]
+    """
+    _check("rigl", density, fraction, regrow_dropped, timing)
+    grow = growth.highest(growth.gradient)
+    update = drop_and_grow(anneal(fraction, until, begin or 0), lowest(magnitude), grow, regrow_dropped=regrow_dropped)
+    return Method(
+        "rigl",
+        starts.random_topology(density, allocate),
+        every(interval, update, begin=begin, until=until),
+        timing=timing,
+        needs=Need.GRADIENT,
+    )
+
+
+def set_(
+    density: float | None,
+    *,
+    until: int,
+    begin: int | None = None,
+    interval: int = 100,
+    fraction: float = 0.3,
+    anneal: Anneal = constant,
+    drop: Drop = lowest(magnitude),  # noqa: B008 - a value, like every other default
+    allocate: Allocation = er,
+    regrow_dropped: Regrow = "keep",
+    timing: Timing = "after",
+) -> Method:
+    """SET: drop the smallest magnitudes, grow at random.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1]; None leaves it to an explicit allocation.
+        until: optimizer step from which the topology is fixed.
+        begin: optimizer step of the first update; None means `interval`.
+        interval: optimizer steps between two updates; the paper rewires once an epoch.
+        fraction: share of active entries dropped, in [0, 1] (the paper's zeta).
+        anneal: how that share moves: `constant` as in the paper, `cosine`, `linear`, `inverse_power`.
+        drop: `lowest(magnitude)`, or `lowest_per_sign` as in the original code.
+        allocate: how the active entries are shared among the weights at the start.
+        regrow_dropped: "keep", "reset" or "forbid" entries that are dropped and would grow again at once.
+        timing: the update comes "after" an optimizer step, as in the paper, or "instead" of one.
+
+    Source: Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse connectivity
+    inspired by network science, Algorithm 1. Plain magnitude is the default: SET's and SNFS's authors found it
+    the better drop. Counts are exact where the code of SET's successors draws every entry by itself.
+
+    Example:
+        >>> set_(0.1, until=350).timing
+        'after'
+    """
+    _check("set", density, fraction, regrow_dropped, timing)
+    update = drop_and_grow(anneal(fraction, until, begin or 0), drop, growth.at_random, regrow_dropped=regrow_dropped)
+    return Method(
+        "set",
+        starts.random_topology(density, allocate),
+        every(interval, update, begin=begin, until=until),
+        timing=timing,
+    )
+
+
+def snfs(
+    density: float | None,
+    *,
+    until: int,
+    begin: int | None = None,
+    interval: int = 100,
+    fraction: float = 0.5,
+    anneal: Anneal = cosine,
+    decay: float = 0.9,
+    redistribute: Statistic | None = mean_momentum,
+    allocate: Allocation = uniform,
+    regrow_dropped: Regrow = "keep",
+    timing: Timing = "after",
+) -> Method:
+    """SNFS (sparse momentum): grow where a running mean of gradients is largest, and move entries between weights.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1]; None leaves it to an explicit allocation.
+        until: optimizer step from which the topology is fixed.
+        begin: optimizer step of the first update; None means `interval`.
+        interval: optimizer steps between two updates; the paper updates once an epoch.
+        fraction: share of active entries dropped at first, in [0, 1].
+        anneal: how that share moves: `cosine`, `constant`, `linear`, `inverse_power`.
+        decay: of the running mean of gradients, in [0, 1); 0 ranks the gradient of one batch.
+        redistribute: each weight's share of all that was dropped: `mean_momentum`, `mean_magnitude`, `nonzeros`, or
+            None to give every weight back what it lost. Overflow goes only to weights with room.
+        allocate: how the active entries are shared among the weights at the start.
+        regrow_dropped: "keep", "reset" or "forbid" entries that are dropped and would grow again at once.
+        timing: the update comes "after" an optimizer step, as in the paper's code, or "instead" of one.
+
+    Source: Dettmers and Zettlemoyer 2019, Sparse Networks from Scratch, section 3. New entries start with zero
+    optimizer state, where the code lets them inherit the dense momentum; the code's brake on nearly dense layers
+    and its correction of inexact counts are not needed.
+
+    Example:
+        >>> snfs(0.1, until=350).needs
+        <Need.EVERY_GRADIENT: 2>
+    """
+    _check("snfs", density, fraction, regrow_dropped, timing)
+    if not 0 <= decay < 1:
+        raise ValueError(f"snfs: decay must lie in [0, 1), got {decay:g}")
+    grow = growth.highest(growth.momentum)
+    update = drop_and_grow(anneal(fraction, until, begin or 0), lowest(magnitude), grow, redistribute, regrow_dropped)
+    return Method(
+        "snfs",
+        starts.random_topology(density, allocate),
+        every(interval, update, begin=begin, until=until),
+        observe=observers.momentum(decay),
+        timing=timing,
+        needs=Need.EVERY_GRADIENT,
+    )
+
+
+def _check(name: str, density: float | None, fraction: float, regrow_dropped: str, timing: str) -> None:
+    require_density(name, density)
+    require_fraction(name, fraction)
+    require_choice(name, "regrow_dropped", regrow_dropped, ("keep", "reset", "forbid"))
+    require_choice(name, "timing", timing, ("instead", "after"))

@@ -1,0 +1,18 @@
+"""What sparse training costs and does: FLOPs and sizes."""
+
+from __future__ import annotations
+
+from regrow.metrics.flops import Flops, LayerFlops, flops, pruning_training_flops, training_flops
+from regrow.metrics.size import Form, model_bits, to_bytes, weight_bits
+
+__all__ = [
+    "Flops",
+    "Form",
+    "LayerFlops",
+    "flops",
+    "model_bits",
+    "pruning_training_flops",
+    "to_bytes",
+    "training_flops",
+    "weight_bits",
+]

@@ -1,0 +1,483 @@
+"""Floating-point operations of a forward pass and of a training step, counted as the RigL paper counts them.
+
+An output costs `2 * fan_in * density + 1`: one multiplication and one addition per active entry (the first
+product needs no addition, the bias brings it back) and one operation for the ReLU, charged to every layer
+alike. Summed over a layer that is `2 * density * numel * uses + outputs`, where `uses` says how often one
+entry of the weight is multiplied: output positions of a convolution, tokens of a linear layer, time steps
+of a recurrent one. Only shapes are read, so a model and an input on the meta device give the same figures
+for free.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.rnn import PackedSequence
+
+from regrow.discovery import canonical
+from regrow.table import table
+
+_OMITTED = "norms, pooling, softmax, attention products and element-wise work are not counted"
+_BLOCK = re.compile(r"(.+)\[(\d+)\]")
+_KINDS: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell, nn.MultiheadAttention),
+)
+
+
+class LayerFlops(NamedTuple):
+    """One weight's share of a forward pass; `outputs`, `dense` and `sparse` are per sample.
+
+    `outputs` counts the numbers this weight computes, `dense` and `sparse` are FLOPs. A weight that the
+    forward pass never multiplies (an embedding, a module that is not called) has zeros.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    outputs: float
+    density: float
+    dense: float
+    sparse: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass of one sample, weight by weight, in the order of the model's modules.
+
+    >>> row = LayerFlops("fc.weight", "Linear", (10, 100), 10, 0.1, 2010.0, 210.0)
+    >>> total = Flops((row, row))
+    >>> total.dense, total.sparse, round(total.ratio, 4)
+    (4020.0, 420.0, 0.1045)
+    """
+
+    layers: tuple[LayerFlops, ...]
+
+    @property
+    def dense(self) -> float:
+        """FLOPs per sample with every weight dense."""
+        return sum((row.dense for row in self.layers), 0.0)
+
+    @property
+    def sparse(self) -> float:
+        """FLOPs per sample at the given densities."""
+        return sum((row.sparse for row in self.layers), 0.0)
+
+    @property
+    def ratio(self) -> float:
+        """`sparse / dense`; NaN for a model in which nothing is counted."""
+        return self.sparse / self.dense if self.dense else math.nan
+
+    def __str__(self) -> str:
+        head = ("weight", "kind", "shape", "outputs", "density", "dense", "sparse")
+        body = [
+            (
+                *(row.name, row.kind, "x".join(map(str, row.shape)), f"{row.outputs:,.6g}"),
+                *(f"{row.density:.4f}", _metric(row.dense), _metric(row.sparse)),
+            )
+            for row in self.layers
+        ]
+        total = ("total", "", "", "", "", _metric(self.dense), _metric(self.sparse))
+        note = f"FLOPs of one sample's forward pass, ratio {self.ratio:.4f}; {_OMITTED}"
+        return f"{table(head, [*body, total])}\n{note}"
+
+
+class _Use(NamedTuple):
+    """What one call does with one weight: how often it multiplies each block's entries, and how much comes
+    out."""
+
+    times: tuple[int, ...]
+    outputs: int
+
+
+@dataclass
+class _Tally:
+    """The sum of all uses of one weight; `times` has one count per block of leading rows."""
+
+    kind: str
+    shape: tuple[int, ...]
+    times: list[int]
+    outputs: int = 0
+
+    def add(self, use: _Use) -> None:
+        self.times = [old + new for old, new in zip(self.times, use.times, strict=True)]
+        self.outputs += use.outputs
+
+    def flops(self, densities: list[float]) -> float:
+        entries = math.prod(self.shape) // len(self.times)
+        products = sum(times * density for times, density in zip(self.times, densities, strict=True))
+        return 2 * entries * products + self.outputs
+
+
+def flops(
+    model: nn.Module,
+    example_input: Any,
+    densities: Mapping[str, float] | None = None,
+    *,
+    batch_size: int | None = None,
+    paper_quirks: bool = False,
+) -> Flops:
+    """FLOPs per sample of one forward pass, dense and at the given densities.
+
+    A weight costs `2 * density * numel * uses + outputs`. Counted are Linear, Conv1d/2d/3d and their
+    transposes (any groups), RNN, GRU, LSTM and their cells, MultiheadAttention's projections, and
+    transformers' `Conv1D`. Norms, pooling, embeddings, softmax, the products of attention, residual sums
+    and the loss are not. A module called several times counts as often. Like any convolution's, the
+    border's products with padding are counted; a transposed convolution counts one product per entry and
+    input position, cropped or not.
+
+    The model runs once, in evaluation mode, without gradients and uncompiled, and is left as it was.
+
+    Args:
+        model: any module; on the meta device the count costs no arithmetic.
+        example_input: a tensor (batch, ...), or a tuple or dict of the model's arguments, on the model's
+            device. The figures are divided by the leading size of its first tensor.
+        densities: weight name ("conv1.weight") to density in [0, 1]; names not given are dense. `module.` and
+            `_orig_mod.` before a name are ignored, and a tied weight goes by any of its names. The equal
+            blocks of leading rows of a packed weight have names too: "attn.in_proj_weight[0]",
+        "gru.weight_ih_l0[2]". batch_size: samples in `example_input`, where that is not its leading size
+        (time-major recurrent models). paper_quirks: reproduce the printed figures of the paper, whose code
+            differs from the above in two points. (1) A strided convolution that is the model's first or is
+            depthwise gets its padding p twice: for kernel k, stride s and input size n it has ceil((n + 2p
+            - k + 1 + 2 floor(k / 2)) / s) output positions (115 instead of 112 in ResNet-50's first). The
+            paper's Keras models pad just these layers by a layer of its own, and its counter then assumes
+            padding "same". (2) A depthwise convolution with C channels, whose Keras kernel is shaped (k,
+            k, C, 1), counts as one with one output channel: as many products, but only 1 / C of the outputs.
+
+    Raises:
+        ValueError: a name that is no weight of the model, one weight's density given twice or outside [0,
+            1], or an example input without a batch.
+
+    >>> mlp = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
+    >>> count = flops(mlp, torch.zeros(1, 784), {"0.weight": 0.1})
+    >>> count.dense, count.sparse
+    (476710.0, 53350.0)
+
+    Source: Evci et al., "Rigging the Lottery" (ICML 2020), appendix "Calculating FLOPs of models and
+    methods", and the released code. Ours differs in the two quirks above, and counts layers that the paper
+    has none of (transposed, recurrent, attention).
+    """
+    n_samples = _leading_size(example_input) if batch_size is None else batch_size
+    if n_samples < 1:
+        raise ValueError(f"flops: the batch must hold a sample or more, got {n_samples}; pass batch_size=")
+    tallies = _tallies(model)
+    given = _block_densities(model, densities or {}, tallies)
+    _run(model, example_input, tallies, paper_quirks)
+    rows = []
+    for name, tally in tallies.items():
+        blocks = given.get(name, [1.0] * len(tally.times))
+        dense, sparse = tally.flops([1.0] * len(blocks)), tally.flops(blocks)
+        density = sum(blocks) / len(blocks)
+        outputs = tally.outputs / n_samples
+        rows.append(
+            LayerFlops(name, tally.kind, tally.shape, outputs, density, dense / n_samples, sparse / n_samples)
+        )
+    return Flops(tuple(rows))
+
+
+def training_flops(
+    sparse: float,
+    dense: float,
+    *,
+    gradient_interval: float = math.inf,
+    timing: Literal["instead", "after"] = "instead",
+) -> float:
+    """FLOPs per sample of a training step, averaged over ordinary steps and those with a dense weight
+    gradient.
+
+    An ordinary step costs three forward passes, 3 f_S: forward, gradient to the activations, gradient to
+    the active weights. Where the gradient of all weights is wanted, the last third costs f_D. With T =
+    `gradient_interval`:
+
+        timing="instead":  (3 f_S T + 2 f_S + f_D) / (T + 1)        T ordinary steps, then one that only
+        updates timing="after":    (3 f_S (T - 1) + 2 f_S + f_D) / T        every T-th step also updates
+
+    Methods that never look at a dense gradient (static, SET, SNIP, small-dense) have T = inf: 3 f_S. SNFS,
+    which always does, has T = 0 under "instead" or T = 1 under "after": 2 f_S + f_D. Dense training is
+    `training_flops(f_D, f_D)`. Sorting and selecting are not counted.
+
+    Args:
+        sparse: f_S, FLOPs per sample of the sparse forward pass.
+        dense: f_D, FLOPs per sample of the dense one.
+        gradient_interval: T, in steps; a clock that counts the update step too, so that one step in n is
+            an update, has T = n - 1 under "instead".
+        timing: whether the update takes the place of an optimizer step or shares its batch.
+
+    Raises:
+        ValueError: negative FLOPs, an interval below 0 ("instead") or 1 ("after"), or an unknown timing.
+
+    >>> training_flops(1.0, 10.0)
+    3.0
+    >>> training_flops(1.0, 10.0, gradient_interval=100, timing="after")
+    3.09
+
+    Source: Evci et al., "Rigging the Lottery" (ICML 2020), appendix "Calculating FLOPs of models and
+    methods", for "instead"; "after" is the same account applied to codes that update on the batch they
+    train on, which the paper has none of.
+    """
+    if not (sparse >= 0 and dense >= 0):
+        raise ValueError(f"training_flops: FLOPs must not be negative, got sparse {sparse} and dense {dense}")
+    least = {"instead": 0, "after": 1}.get(timing)
+    if least is None:
+        raise ValueError(f'training_flops: timing must be "instead" or "after", got {timing!r}')
+    if not gradient_interval >= least:
+        raise ValueError(
+            f'training_flops: gradient_interval must be at least {least} with timing="{timing}", '
+            f"got {gradient_interval}"
+        )
+    period = gradient_interval + 1 - least
+    return 3 * sparse + (dense - sparse) / period
+
+
+def pruning_training_flops(forward: Iterable[float]) -> float:
+    """FLOPs per sample of a training step whose density changes over the run: `3 * mean(f(s_t))`.
+
+    Args:
+        forward: FLOPs per sample of the forward pass at evenly spaced steps of the whole run.
+
+    Raises:
+        ValueError: `forward` is empty.
+
+    >>> pruning_training_flops([10.0, 6.0, 2.0])
+    18.0
+
+    Source: Evci et al., "Rigging the Lottery" (ICML 2020), appendix "Calculating FLOPs of models and
+    methods": E_t[3 f_D (1 - s_t)]. Here f is counted at each density, as the paper's figures do, so layers
+    that stay dense are charged in full.
+    """
+    costs = list(forward)
+    if not costs:
+        raise ValueError(
+            "pruning_training_flops: forward is empty; give the forward FLOPs at one step or more"
+        )
+    return 3 * math.fsum(costs) / len(costs)
+
+
+def _metric(value: float) -> str:
+    """`value` with four significant digits and a metric prefix."""
+    prefixes = ("", "k", "M", "G", "T", "P")
+    power = min(max(int(math.log10(value) // 3), 0), len(prefixes) - 1) if value > 0 else 0
+    return f"{value / 1000**power:.4g} {prefixes[power]}".rstrip()
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # By name, because transformers is not a dependency.
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def _kind(module: nn.Module) -> str:
+    for cls in _KINDS:
+        if isinstance(module, cls):
+            return cls.__name__
+    return "Conv1D" if _is_conv1d(module) else type(module).__name__
+
+
+def _blocks(module: nn.Module) -> dict[str, int]:
+    """The counted weights that `module` itself holds, each with its number of blocks of leading rows."""
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        matrices = {
+            name: p for name, p in module.named_parameters(recurse=False) if name.startswith("weight_")
+        }
+        gates = {name: p.shape[0] // module.hidden_size for name, p in matrices.items()}
+        return {name: 1 if name.startswith("weight_hr") else count for name, count in gates.items()}
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is not None:
+            return {"in_proj_weight": 3}
+        return {"q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
+    return {"weight": 1} if isinstance(module, (nn.Linear, _ConvNd)) or _is_conv1d(module) else {}
+
+
+def _uses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, _Use]:
+    """What one call of `module` does with each of its counted weights."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_uses(module, args, kwargs, output)
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        first = output[0] if isinstance(output, tuple) and not isinstance(output, PackedSequence) else output
+        states = first.data if isinstance(first, PackedSequence) else first
+        directions = 2 if getattr(module, "bidirectional", False) else 1
+        steps = states.numel() // (directions * (getattr(module, "proj_size", 0) or module.hidden_size))
+        rows = {name: module.get_parameter(name).shape[0] for name in _blocks(module)}
+        return {name: _Use((steps,) * _blocks(module)[name], steps * n) for name, n in rows.items()}
+    if isinstance(module, _ConvTransposeNd):
+        return {"weight": _Use((_input(args, kwargs).numel() // module.in_channels,), output.numel())}
+    if isinstance(module, _ConvNd):
+        return {"weight": _Use((output.numel() // module.out_channels,), output.numel())}
+    return {"weight": _Use((output.numel() // output.shape[-1],), output.numel())}
+
+
+def _attention_uses(
+    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> dict[str, _Use]:
+    call = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
+    width = module.embed_dim
+    tokens = (
+        call["query"].numel() // width,
+        call["key"].numel() // module.kdim,
+        call["value"].numel() // module.vdim,
+    )
+    if module.in_proj_weight is not None:
+        projections = {"in_proj_weight": _Use(tokens, sum(tokens) * width)}
+    else:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        projections = {name: _Use((n,), n * width) for name, n in zip(names, tokens, strict=True)}
+    # Attention multiplies by the output projection's weight without calling that module: no hook of it fires.
+    return {**projections, "out_proj.weight": _Use((tokens[0],), output[0].numel())}
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    tensor = args[0] if args else kwargs["input"]
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _paper_use(conv: _ConvNd, tensor: Tensor, use: _Use, is_first: bool) -> _Use:
+    """`use` as the paper's code has it, for a convolution of `tensor` (batch, channels, *sizes)."""
+    is_depthwise = conv.groups == conv.in_channels > 1
+    (positions,) = use.times
+    is_padded = not isinstance(conv.padding, str) and any(conv.padding)
+    if (is_first or is_depthwise) and is_padded and any(stride > 1 for stride in conv.stride):
+        sizes = tensor.shape[-len(conv.stride) :]
+        positions = tensor.numel() // (conv.in_channels * math.prod(sizes))
+        assert not isinstance(conv.padding, str)
+        axes = zip(sizes, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        for size, kernel, stride, pad, step in axes:
+            reach = step * (kernel - 1) + 1
+            positions *= math.ceil((size + 2 * pad - reach + 1 + 2 * (reach // 2)) / stride)
+    outputs = conv.out_channels // conv.in_channels if is_depthwise else conv.out_channels
+    return _Use((positions,), positions * outputs)
+
+
+def _tallies(model: nn.Module) -> dict[str, _Tally]:
+    """An empty tally for every counted weight, by canonical name, in the order of the model's modules."""
+    return {
+        canonical(f"{name}.{weight}"): _Tally(
+            _kind(module), tuple(getattr(module, weight).shape), [0] * blocks
+        )
+        for name, module in model.named_modules()
+        for weight, blocks in _blocks(module).items()
+    }
+
+
+def _run(model: nn.Module, example_input: Any, tallies: dict[str, _Tally], quirks: bool) -> None:
+    """Run `model` once and add what each call does to the tallies."""
+    seen_convolution = False
+
+    def record(
+        prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        nonlocal seen_convolution
+        for weight, use in _uses(module, args, kwargs, output).items():
+            is_convolution = isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+            if quirks and is_convolution:
+                assert isinstance(module, _ConvNd)
+                use = _paper_use(module, _input(args, kwargs), use, not seen_convolution)  # noqa: PLW2901
+            seen_convolution |= is_convolution
+            tallies[canonical(f"{prefix}.{weight}")].add(use)
+
+    with _observed(model, record), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if isinstance(example_input, Mapping):
+            model(**example_input)
+        elif isinstance(example_input, tuple) and not isinstance(example_input, PackedSequence):
+            model(*example_input)
+        else:
+            model(example_input)
+
+
+@contextmanager
+def _observed(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
+    """The model in evaluation mode, with `record` told of every call of a counted module."""
+    modes = {module: module.training for module in model.modules()}
+    handles = [
+        module.register_forward_hook(partial(record, name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if _blocks(module)
+    ]
+    # Fused encoder layers call none of their parts.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _leading_size(example_input: Any) -> int:
+    """The leading size of the first tensor in `example_input`."""
+    if isinstance(example_input, PackedSequence):
+        return int(example_input.batch_sizes[0])
+    if isinstance(example_input, Tensor):
+        if example_input.ndim == 0:
+            raise ValueError("flops: the example input has no batch dimension; pass a tensor (batch, ...)")
+        return example_input.shape[0]
+    parts = example_input.values() if isinstance(example_input, Mapping) else example_input
+    for part in parts if isinstance(parts, Iterable) and not isinstance(parts, str) else ():
+        if isinstance(part, (Tensor, PackedSequence, tuple, list)):
+            return _leading_size(part)
+    raise ValueError(
+        f"flops: no tensor in the example input, a {type(example_input).__name__}; pass batch_size="
+    )
+
+
+def _block_densities(
+    model: nn.Module, densities: Mapping[str, float], tallies: dict[str, _Tally]
+) -> dict[str, list[float]]:
+    """The densities of each tally's blocks; a named weight of a layer that is not counted gets an empty
+    tally."""
+    parameters = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    first: dict[int, str] = {}
+    alias = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
+    named = {name: _BLOCK.fullmatch(name) for name in densities}
+    bases = {name: canonical(match[1] if match else name) for name, match in named.items()}
+    counted = {alias.get(name, name) for name in tallies}
+    for base in bases.values():
+        if alias.get(base, base) not in counted and base in parameters and parameters[base].ndim > 1:
+            tallies.setdefault(
+                base, _Tally(_owner(model, parameters[base]), tuple(parameters[base].shape), [0])
+            )
+    n_blocks = {alias.get(name, name): len(tally.times) for name, tally in tallies.items()}
+    chosen: dict[tuple[str, int], float] = {}
+    for given, density in densities.items():
+        match, name = named[given], alias.get(bases[given], bases[given])
+        count = n_blocks.get(name, 0)
+        indices = [int(match[2])] if match else list(range(count))
+        if count == 0 or (match and (count == 1 or indices[0] >= count)):
+            raise ValueError(_unknown_name(given, n_blocks))
+        if not 0 <= density <= 1:
+            raise ValueError(f"flops: the density of {given!r} must lie in [0, 1], got {density}")
+        for index in indices:
+            if (name, index) in chosen:
+                raise ValueError(f"flops: {given!r} gives {name!r} a second density; keep one of the two")
+            chosen[name, index] = float(density)
+    return {
+        name: [chosen.get((alias.get(name, name), index), 1.0) for index in range(len(tally.times))]
+        for name, tally in tallies.items()
+    }
+
+
+def _owner(model: nn.Module, parameter: nn.Parameter) -> str:
+    """The class name of the first module that holds `parameter`."""
+    holders = (m for m in model.modules() if any(p is parameter for p in m.parameters(recurse=False)))
+    return type(next(holders)).__name__
+
+
+def _unknown_name(given: str, n_blocks: Mapping[str, int]) -> str:
+    n_shown = 8
+    names = [f"{name}[0..{count - 1}]" if count > 1 else name for name, count in n_blocks.items()]
+    shown = ", ".join(names[:n_shown]) or "none that is counted"
+    rest = f" and {len(names) - n_shown} more" if len(names) > n_shown else ""
+    return f"flops: {given!r} in densities names no weight or block of the model, which has {shown}{rest}"

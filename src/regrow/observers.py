@@ -1,0 +1,34 @@
+"""What is watched at every step: functions that keep something in `weight.state`."""
+
+from __future__ import annotations
+
+import torch
+
+from regrow.method import Observer
+from regrow.weight import SparseWeight
+
+
+def momentum(decay: float) -> Observer:
+    """Keep v <- decay v + (1 - decay) g over every position, in state "momentum" (numel,), before each step.
+
+    Source: Dettmers and Zettlemoyer 2019, Sparse Networks from Scratch, section 3. The paper reads the optimizer's
+    own buffer; a mean of its own works with any optimizer, and the factor 1 - decay changes no ranking.
+    """
+
+    def observe(weight: SparseWeight) -> None:
+        for first, block in weight.grad_blocks():
+            if "momentum" not in weight.state:
+                weight.state["momentum"] = block.new_zeros(weight.topology.numel)
+            weight.state["momentum"][first : first + block.numel()].lerp_(block, 1 - decay)
+
+    return observe
+
+
+def mark_explored(weight: SparseWeight) -> None:
+    """Add the present topology to state "explored", bool (numel,): every position that was ever active.
+
+    Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, section 3.2.
+    """
+    indices = weight.topology.indices
+    explored = weight.state.setdefault("explored", torch.zeros(weight.topology.numel, dtype=torch.bool))
+    explored[indices.to(explored.device)] = True

@@ -1,0 +1,77 @@
+"""Density or drop fraction over optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number for every optimizer step, with the step at which it stops changing.
+
+    Args:
+        value: step -> number.
+        until: the step from which the value is constant; None when it never changes.
+    """
+
+    value: Callable[[int], float]
+    until: int | None = None
+
+    def __call__(self, step: int) -> float:
+        """The value at optimizer step `step`."""
+        return self.value(step)
+
+
+def constant(value: float, until: int | None = None, begin: int = 0) -> Schedule:
+    """`value` at every step; `until` and `begin` only mark the span, as for the other schedules."""
+    _span(until if until is not None else begin + 1, begin)
+    return Schedule(lambda step: value, until)
+
+
+def linear(value: float, until: int, begin: int = 0) -> Schedule:
+    """value (1 - p), with p = (step - begin) / (until - begin) clipped to [0, 1]."""
+    return inverse_power(value, until, begin, power=1)
+
+
+def cosine(value: float, until: int, begin: int = 0) -> Schedule:
+    """value / 2 (1 + cos(pi p)), with p = (step - begin) / (until - begin) clipped to [0, 1].
+
+    Source: Evci et al. 2020, Rigging the Lottery, section 3, (2) Update schedule. With a `begin` the paper's code
+    reaches zero `begin` steps early; here p is shifted, so that the value at `until` is 0 in any case.
+
+    Example:
+        >>> cosine(0.3, until=25_000)(12_500)
+        0.15
+    """
+    span = _span(until, begin)
+    return Schedule(lambda step: value / 2 * (1 + math.cos(math.pi * _progress(step, begin, span))), until)
+
+
+def inverse_power(value: float, until: int, begin: int = 0, power: float = 3) -> Schedule:
+    """value (1 - p)^power, with p = (step - begin) / (until - begin) clipped to [0, 1].
+
+    Source: Evci et al. 2020, Rigging the Lottery, appendix G (k = 1 linear, k = 3 inverse power).
+    """
+    span = _span(until, begin)
+    return Schedule(lambda step: value * (1 - _progress(step, begin, span)) ** power, until)
+
+
+def cubic(first: float, last: float, until: int, begin: int = 0) -> Schedule:
+    """last + (first - last) (1 - p)^3, with p = (step - begin) / (until - begin) clipped to [0, 1].
+
+    Source: Zhu and Gupta 2017, To prune, or not to prune, equation 1, written for densities.
+    """
+    span = _span(until, begin)
+    return Schedule(lambda step: last + (first - last) * (1 - _progress(step, begin, span)) ** 3, until)
+
+
+def _span(until: int, begin: int) -> int:
+    if begin < 0 or until <= begin:
+        raise ValueError(f"a schedule must end after it begins, at step 0 or later: begin is {begin}, until is {until}")
+    return until - begin
+
+
+def _progress(step: int, begin: int, span: int) -> float:
+    return min(max((step - begin) / span, 0.0), 1.0)

@@ -1,0 +1,429 @@
+"""Hooks a method into a model and its optimizers; knows clock, budget and state, and no particular method."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from regrow.discovery import Excluded, Found, Selector, find
+from regrow.gradients import Loss, mean_gradient
+from regrow.method import Method, Need
+from regrow.observers import mark_explored
+from regrow.storage.masked import MaskedParameter
+from regrow.streams import Stream
+from regrow.table import table
+from regrow.topology import Topology
+from regrow.validation import require_choice
+from regrow.weight import Weights
+
+_log = logging.getLogger("regrow")
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    method: Method,
+    *,
+    storage: Literal["masked"] = "masked",
+    skip: Selector | Sequence[Selector] = (),
+    only: Selector | Sequence[Selector] | None = None,
+    budget: Literal["sparsified", "model"] = "sparsified",
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Sparsifier:
+    """Make `model` sparse and keep it so while `optimizer` trains it; the training loop stays as it is.
+
+    Call it last: after the optimizer is built, before the loop.
+
+    Args:
+        model: its parameters keep their identity, names and dtype.
+        optimizer: any `torch.optim.Optimizer`, or a sequence of them that together hold the weights.
+        method: a recipe of `regrow.methods`, or one composed of the same parts.
+        storage: "masked" keeps dense tensors that are zero outside their topology.
+        skip: what stays dense: parameter or module names, globs, module types, or predicates of (name, module).
+        only: what is sparsified at all; None means every weight of a known type.
+        budget: "sparsified": the density holds among the sparsified weights. "model": among these and the weights
+            that stay dense (never biases, norms, embeddings), so the sparsified ones get sparser.
+        batches: data from which a start that ranks gradients (SNIP) takes their mean at once; without it such a
+            start takes the place of the first optimizer step.
+        loss: (model, batch) -> scalar; required with `batches`.
+        seed: of every random draw; the same seed gives the same topologies on any rank, device or run.
+
+    Returns:
+        The `Sparsifier`, already hooked in.
+
+    Raises:
+        ValueError: nothing to sparsify, an infeasible budget, a weight in none or in two of the optimizers, an
+            option that does not apply.
+
+    Example:
+        >>> from regrow import methods
+        >>> model = nn.Linear(20, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = sparsify(model, optimizer, methods.rigl(density=0.1, until=1000))
+        >>> sparsifier.nnz, int((model.weight != 0).sum())
+        (20, 20)
+    """
+    require_choice("sparsify", "storage", storage, ("masked",))
+    require_choice("sparsify", "budget", budget, ("sparsified", "model"))
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    found, excluded = find(model, skip, only)
+    outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
+    owners = [_optimizer_of(f, optimizers) for f in found]
+    with torch.no_grad():
+        parameters = [MaskedParameter(f.parameter, o, f.names, f.out_axis, f.in_axis) for f, o in zip(found, owners, strict=True)]
+        sparsifier = Sparsifier(model, optimizers, method, parameters, excluded, outside, seed)
+        try:
+            sparsifier._begin(batches, loss)
+        except BaseException:
+            sparsifier.remove()
+            raise
+    return sparsifier
+
+
+def _optimizer_of(found: Found, optimizers: list[Optimizer]) -> Optimizer:
+    holders = [o for o in optimizers if any(p is found.parameter for g in o.param_groups for p in g["params"])]
+    if len(holders) != 1:
+        raise ValueError(
+            f"{found.name} is in {len(holders)} of the {len(optimizers)} optimizers given, and must be in exactly 1: "
+            "add it to one, or name it in skip="
+        )
+    return holders[0]
+
+
+class Sparsifier:
+    """A method at work on a model; made by `regrow.sparsify`.
+
+    `print(sparsifier)` shows a table of the layers. Steps are optimizer steps, the first of which is 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        method: Method,
+        parameters: Sequence[MaskedParameter],
+        excluded: Sequence[Excluded],
+        outside: int,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.optimizers = list(optimizers)
+        self.method = method
+        self.weights = Weights(tuple(w for p in parameters for w in p.weights), outside, outside)
+        self.excluded = list(excluded)
+        self.seed = seed
+        self.step = 0
+        """Optimizer steps so far, updates that took the place of one included."""
+        self.updates = 0
+        """Topology updates so far."""
+        self.started = False
+        """Whether the first topologies are made; until then the model is not yet sparse."""
+        self._parameters = list(parameters)
+        self._stepped: set[int] = set()
+        self._inside = 0
+        self._pending = False
+        self._late = False
+        self._hidden: dict[nn.Parameter, Tensor] = {}
+        self._handles: list[Any] = []
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+        self._handles.append(_watch_for_strangers(self))
+
+    @property
+    def nnz(self) -> int:
+        """Active entries among the sparsified weights."""
+        return self.weights.nnz
+
+    @property
+    def numel(self) -> int:
+        """Entries of the sparsified weights, active or not."""
+        return self.weights.numel
+
+    @property
+    def density(self) -> float:
+        """nnz / numel over the sparsified weights."""
+        return self.nnz / self.numel
+
+    @property
+    def topologies(self) -> dict[str, Topology]:
+        """The topology of each sparsified weight by canonical name; blocks of packed weights end in [0], [1], ..."""
+        return {w.name: w.topology for w in self.weights}
+
+    @property
+    def explored(self) -> float | None:
+        """R_s: the share of entries that were ever active; None unless the method keeps track (`Need.EXPLORED`)."""
+        if Need.EXPLORED not in self.method.needs:
+            return None
+        return sum(int(w.state["explored"].sum()) if "explored" in w.state else 0 for w in self.weights) / self.numel
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming optimizer step changes topologies."""
+        return not self.started or self.method.due(self.step + 1)
+
+    def mask_gradients(self) -> None:
+        """Zero inactive gradients now; for clipping, between the last backward and the optimizer step.
+
+        Only an update step needs it: on any other, inactive gradients are zeroed as they accumulate. The gradient
+        at every position is set aside first, so that the update still sees it.
+        """
+        with torch.no_grad():
+            for parameter in self._parameters:
+                if parameter.keep_dense:
+                    parameter.set_aside()
+                parameter.mask_gradient()
+
+    def remove(self) -> None:
+        """Take all hooks out; the model keeps its values and trains densely from here on."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._parameters:
+            parameter.remove()
+        self._handles.clear()
+
+    def _begin(self, batches: Iterable[Any] | None, loss: Loss | None) -> None:
+        needs_gradient = self.method.start.needs_gradient
+        if (batches is None) != (loss is None):
+            raise ValueError("batches= and loss= belong together: give both or neither")
+        if batches is not None and not needs_gradient:
+            raise ValueError(f"{self.method.name} reads no gradient at its start: leave out batches= and loss=")
+        if batches is not None and loss is not None:
+            with mean_gradient(self.model, [p.parameter for p in self._parameters], batches, loss):
+                self._start()
+        elif not needs_gradient:
+            self._start()
+        else:
+            self.weights.total(1.0)
+        self._prepare_next()
+
+    def _start(self) -> None:
+        self._draw_for(0)
+        self.method.start.make(self.weights)
+        self.started = True
+        self._changed()
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _skips(optimizer):
+            return
+        with torch.no_grad():
+            if not self._stepped or id(optimizer) in self._stepped:
+                self._open_step(_has_closure(optimizer, args, kwargs))
+            self._stepped.add(id(optimizer))
+        self._inside += 1
+
+    def _open_step(self, has_closure: bool) -> None:
+        if self._pending:
+            self._finish(self.step)
+        self._stepped = set()
+        self._hidden = {}
+        step = self.step + 1
+        self._draw_for(step)
+        instead = not self.started or (self.method.timing == "instead" and self.method.due(step))
+        if has_closure and instead:
+            way_out = 'pass timing="after" to the method' if self.started else "give batches= and loss= to regrow.sparsify"
+            raise ValueError(f"{self.method.name} takes the place of optimizer step {step}, which a step with a closure does not allow: {way_out}")
+        for parameter in self._parameters:
+            parameter.project_if_changed()
+            parameter.use_scale(_scale(parameter.optimizer))
+        self._late = has_closure
+        if has_closure:
+            # The gradients of this step come from inside the optimizer: they are read when it has stepped.
+            for parameter in self._parameters:
+                parameter.capture = parameter.keep_dense
+        else:
+            self._read(step)
+        if instead:
+            self._start_from_gradients() if not self.started else self._finish(step)
+            self._hide_gradients()
+        for parameter in self._parameters:
+            parameter.mask_gradient()
+        self.step = step
+
+    def _read(self, step: int) -> None:
+        """Show the gradients of this step to the observer, and set them aside for an update that is due."""
+        if not self.started:
+            return
+        if self.method.observe is not None:
+            for weight in self.weights:
+                if weight.has_grad:
+                    self.method.observe(weight)
+        if self.method.due(step):
+            self._set_gradients_aside(step)
+            self._pending = self.method.timing == "after"
+
+    def _start_from_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.require_finite_gradient()
+        self.method.start.make(self.weights)
+        self.started = True
+        self._changed()
+
+    def _set_gradients_aside(self, step: int) -> None:
+        for parameter in self._parameters:
+            parameter.require_finite_gradient()
+        for parameter in self._parameters:
+            if parameter.keep_dense:
+                parameter.set_aside()
+        idle = [w.name for w in self.weights if not w.has_grad]
+        if idle:
+            _log.warning("step %d: no gradient reached %s: left as they are by the update", step, ", ".join(idle))
+
+    def _finish(self, step: int) -> None:
+        """Apply the update that is due at `step`."""
+        self._pending = False
+        for rule in self.method.update:
+            if rule.due(step):
+                rule.apply(self.weights, step)
+        self.updates += 1
+        self._changed()
+
+    def _changed(self) -> None:
+        if Need.EXPLORED in self.method.needs:
+            for weight in self.weights:
+                mark_explored(weight)
+
+    def _hide_gradients(self) -> None:
+        """Leave the optimizers nothing to do, so that parameters, state and step counts stay as they are."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._hidden[parameter] = parameter.grad
+                        parameter.grad = None
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _skips(optimizer):
+            return
+        self._inside -= 1
+        with torch.no_grad():
+            for parameter in (p for g in optimizer.param_groups for p in g["params"]):
+                if parameter in self._hidden and parameter.grad is None:
+                    parameter.grad = self._hidden.pop(parameter)
+            for stored in self._parameters:
+                if stored.optimizer is optimizer:
+                    stored.stepped()
+            if len(self._stepped) == len(self.optimizers):
+                if self._late:
+                    self._read(self.step)
+                if self._pending:
+                    self._finish(self.step)
+                for stored in self._parameters:
+                    stored.release()
+                self._prepare_next()
+            for stored in self._parameters:
+                if not stored.keep_dense:
+                    stored.mask_gradient()
+
+    def _prepare_next(self) -> None:
+        """Decide whether the backward passes of the coming step keep gradients at inactive positions."""
+        needs = self.method.needs
+        keep = not self.started or Need.EVERY_GRADIENT in needs or (Need.GRADIENT in needs and self.method.due(self.step + 1))
+        for parameter in self._parameters:
+            parameter.keep_dense = keep
+
+    def _draw_for(self, step: int) -> None:
+        for weight in self.weights:
+            weight.generator = Stream(self.seed, weight.name, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the model's and the optimizers' state dicts do not hold, as tensors and numbers.
+
+        Restore in the order sparsify, model, optimizer, sparsifier: the run goes on as if uninterrupted.
+        """
+        return {
+            "version": 1,
+            "step": self.step,
+            "updates": self.updates,
+            "started": self.started,
+            "seed": self.seed,
+            "topologies": {w.name: w.topology.indices.cpu() for w in self.weights if w.topology.positions is not None},
+            "state": {w.name: {key: value.cpu() for key, value in w.state.items()} for w in self.weights if w.state},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a run where `state_dict` left it; model and optimizer states must be loaded before.
+
+        Raises:
+            ValueError: when the state is of another model or version; nothing is changed then.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"this sparsifier state has version {state.get('version')}, this regrow reads version 1")
+        shapes = {w.name: w.shape for w in self.weights}
+        strange = sorted((set(state["topologies"]) | set(state["state"])) - set(shapes))
+        if strange:
+            raise ValueError(f"this sparsifier state is of another model: it has {', '.join(strange)}, the model has {', '.join(shapes)}")
+        topologies = {name: Topology(shape, state["topologies"].get(name)) for name, shape in shapes.items()}
+        with torch.no_grad():
+            for weight in (w for p in self._parameters for w in p.weights):
+                weight.restore(topologies[weight.name])
+                device = weight.owner.parameter.device
+                weight.state = {key: value.clone().to(device) for key, value in state["state"].get(weight.name, {}).items()}
+            for parameter in self._parameters:
+                parameter.release()
+                parameter.project()
+        self.step, self.updates = int(state["step"]), int(state["updates"])
+        self.started, self.seed = bool(state["started"]), int(state["seed"])
+        self._pending, self._late, self._stepped, self._hidden = False, False, set(), {}
+        self._prepare_next()
+
+    def __repr__(self) -> str:
+        state = f"{self.density:.4%} of {self.numel:,} entries active" if self.started else "not yet sparse"
+        head = f"{self.method.name}: {state}, step {self.step:,}, {self.updates:,} updates"
+        rows = []
+        for weight in self.weights:
+            explored = weight.state.get("explored")
+            rate = "" if explored is None else f"{float(explored.double().mean()):.3f}"
+            t = weight.topology
+            rows.append([weight.name, _shape(weight.shape), f"{t.density:.4f}", f"{t.nnz:,}", rate])
+        rows += [[e.name, _shape(e.shape), "1", f"{e.numel:,}", e.reason] for e in self.excluded]
+        return head + "\n" + table(["layer", "shape", "density", "active", "explored"], rows)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _has_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(callable(a) and a is not optimizer for a in (*args, kwargs.get("closure")))
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer is about to skip this step inside, because a gradient scaler found an overflow."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _scale(optimizer: Optimizer) -> float:
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def _watch_for_strangers(sparsifier: Sparsifier) -> Any:
+    """Refuse a step by an optimizer that holds sparsified weights without our hooks, as a copied one does."""
+    watched = weakref.ref(sparsifier)
+
+    def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        owner = watched()
+        if owner is None or owner._inside or any(optimizer is o for o in owner.optimizers):
+            return
+        ours = {id(p.parameter): p for p in owner._parameters}
+        taken = [ours[id(p)].weights[0].name for g in optimizer.param_groups for p in g["params"] if id(p) in ours]
+        if taken:
+            raise RuntimeError(
+                f"a {type(optimizer).__name__} without regrow's hooks is stepping {len(taken)} sparsified weights ({taken[0]}, ...): "
+                "it was copied or made after regrow.sparsify; pass it there, or call sparsifier.remove() first"
+            )
+
+    handle = register_optimizer_step_pre_hook(check)
+    weakref.finalize(sparsifier, handle.remove)
+    return handle

@@ -1,0 +1,1 @@
+"""How the active entries of a weight are kept: one module for each storage, behind `weight.SparseWeight`."""

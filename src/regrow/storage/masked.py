@@ -1,0 +1,258 @@
+"""Masked storage: parameters stay dense tensors that are zero outside their topology.
+
+Works with every model, device and optimizer, at the speed and memory of dense training plus one byte per entry.
+On an ordinary step inactive gradients are zeroed as they accumulate, so clipping and momentum never see them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow.streams import Stream
+from regrow.topology import Topology
+
+ZERO_PRESERVING = frozenset(
+    {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop"}
+)
+"""Optimizers of torch.optim that leave an entry at zero whose value, gradient and state are zero."""
+
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg"})
+"""State by which torch's optimizers divide: from zero, a newcomer's first steps would be far too long."""
+
+
+class MaskedParameter:
+    """One dense parameter with its mask, its optimizer and its gradient, shared by its one or several weights.
+
+    Args:
+        parameter: contiguous or channels-last, any device and real dtype.
+        optimizer: the optimizer that steps it.
+        names: canonical name of each equal block of leading rows; a single name for an ordinary weight.
+        out_axis: which axis counts the outputs.
+        in_axis: which axis counts the inputs.
+    """
+
+    def __init__(self, parameter: nn.Parameter, optimizer: Optimizer, names: Sequence[str], out_axis: int, in_axis: int) -> None:
+        self.parameter = parameter
+        self.optimizer = optimizer
+        self.keep_dense = False
+        """Whether the coming backward passes leave the gradient at inactive positions in place."""
+        self.capture = False
+        """Whether they set it aside at once, as a step with a closure needs."""
+        self.mask: Tensor | None = None
+        self._held: Tensor | None = None
+        self._scale = 1.0
+        self._masked: tuple[weakref.ref[Tensor], int] | None = None
+        self._seen = -1
+        rows = parameter.shape[0] // len(names)
+        self.weights = [MaskedWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)]
+        self._handle = parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def remove(self) -> None:
+        """Detach from the parameter, which keeps its values."""
+        self._handle.remove()
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        """After each backward: mask the new gradient, unless it is wanted at every position."""
+        grad = parameter.grad
+        if grad is None:
+            return
+        goes_on = self._held is not None and self._masked is not None and self._masked[0]() is grad
+        if goes_on and self.mask is not None:
+            # Inactive entries were zeroed when the gradient was set aside, so they hold what came since.
+            self._held = torch.where(self.mask_on(grad.device), grad, self._held + grad)
+        elif self._held is not None or self.capture:
+            self._held = grad.detach().clone()
+        self._masked = None
+        if not self.keep_dense or self._held is not None:
+            self.mask_gradient()
+
+    def mask_gradient(self) -> None:
+        """Zero the gradient outside the topology, unless it is known to be so."""
+        grad = self.parameter.grad
+        if grad is None or self.mask is None:
+            return
+        if self._masked is not None and self._masked[0]() is grad and self._masked[1] == grad._version:
+            return
+        grad.mul_(self.mask_on(grad.device))
+        self._masked = (weakref.ref(grad), grad._version)
+
+    def set_aside(self) -> None:
+        """Keep a copy of the gradient at every position until `release`, and mask the parameter's own."""
+        if self._held is None and self.parameter.grad is not None:
+            self._held = self.parameter.grad.detach().clone()
+            self.mask_gradient()
+
+    def use_scale(self, scale: float) -> None:
+        """Divide by `scale` whatever gradients are read: a fused optimizer's step begins with scaled ones."""
+        self._scale = scale
+
+    def release(self) -> None:
+        """Forget the gradient that was set aside."""
+        self._held = None
+        self._scale = 1.0
+        self.capture = False
+
+    def gradient(self) -> Tensor:
+        """The gradient at every position, of the parameter's shape.
+
+        Raises:
+            ValueError: when no backward reached the parameter, or its inactive entries were zeroed because the
+                method did not declare that it needs them.
+        """
+        name = self.weights[0].name
+        grad = self._held if self._held is not None else self.parameter.grad
+        if grad is None:
+            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step(), or skip this weight")
+        if self._held is None and not self.keep_dense:
+            raise ValueError(f"{name}: the gradient at inactive positions is not kept here: declare it in the method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)")
+        return grad if self._scale == 1 else grad / self._scale
+
+    def active_gradient(self) -> Tensor:
+        """The gradient, right at the active entries, of the parameter's shape."""
+        grad = self._held if self._held is not None else self.parameter.grad
+        if grad is None:
+            raise ValueError(f"{self.weights[0].name} has no gradient: call loss.backward() before optimizer.step()")
+        return grad if self._scale == 1 else grad / self._scale
+
+    def require_finite_gradient(self) -> None:
+        """Raise ValueError when the gradient that an update would read is not finite."""
+        grad = self._held if self._held is not None else self.parameter.grad
+        if grad is not None and not bool(grad.isfinite().all()):
+            bad = int((~grad.isfinite()).sum())
+            raise ValueError(f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the learning rate, or skip such steps with a gradient scaler")
+
+    def project(self) -> None:
+        """Zero values and optimizer state outside the topology."""
+        if self.mask is not None:
+            for tensor in (self.parameter.detach(), *self.weight_shaped_state().values()):
+                tensor.masked_fill_(~self.mask_on(tensor.device), 0)
+        self._seen = self.parameter._version
+
+    def project_if_changed(self) -> None:
+        """Project when someone other than the optimizer wrote to the parameter, as loading a checkpoint does."""
+        if self.parameter._version != self._seen:
+            self.project()
+
+    def stepped(self) -> None:
+        """Note that the optimizer stepped; project unless it is known to leave zeros at zero."""
+        cls = type(self.optimizer)
+        if cls.__module__.startswith("torch.optim.") and cls.__name__ in ZERO_PRESERVING:
+            self._seen = self.parameter._version
+        else:
+            self.project()
+
+    def weight_shaped_state(self) -> dict[str, Tensor]:
+        """The optimizer's state tensors that have the parameter's shape, by name."""
+        state = self.optimizer.state.get(self.parameter, {})
+        return {key: s for key, s in state.items() if torch.is_tensor(s) and s.shape == self.parameter.shape}
+
+    def forget_other_state(self) -> None:
+        """Clear optimizer state that cannot be carried entry by entry: factored moments, LBFGS's history."""
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            self.optimizer.state.clear()
+        state = self.optimizer.state.get(self.parameter, {})
+        if any(torch.is_tensor(s) and s.dim() and s.shape != self.parameter.shape for s in state.values()):
+            del self.optimizer.state[self.parameter]
+
+    def mask_on(self, device: torch.device) -> Tensor:
+        """The mask, moved along where the model was moved."""
+        assert self.mask is not None
+        if self.mask.device != device:
+            self.mask = self.mask.to(device)
+        return self.mask
+
+    def write_mask(self, rows: slice, mask: Tensor) -> None:
+        """Replace the mask of a block of rows."""
+        if self.mask is None:
+            self.mask = torch.ones_like(self.parameter, dtype=torch.bool, requires_grad=False)
+        self.mask_on(self.parameter.device)[rows] = mask.to(self.parameter.device)
+        self._masked = None
+
+
+class MaskedWeight:
+    """A `SparseWeight` over a block of rows of a dense parameter."""
+
+    def __init__(self, owner: MaskedParameter, name: str, rows: slice, out_axis: int, in_axis: int) -> None:
+        self.owner = owner
+        self.name = name
+        self.rows = rows
+        self.out_axis = out_axis
+        self.in_axis = in_axis
+        self.shape = tuple(owner.parameter[rows].shape)
+        self.topology = Topology(self.shape)
+        self.generator = Stream(0, name, 0)
+        self.state: dict[str, Tensor] = {}
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether the last backward reached this weight."""
+        return self.owner._held is not None or self.owner.parameter.grad is not None
+
+    def _block(self, tensor: Tensor) -> Tensor:
+        """This weight's rows of a parameter-shaped tensor, (numel,): a view where memory allows."""
+        return tensor.detach()[self.rows].reshape(-1)
+
+    def _active(self, tensor: Tensor) -> Tensor:
+        block = self._block(tensor)
+        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
+
+    def values(self) -> Tensor:
+        """Active values, (nnz,)."""
+        return self._active(self.owner.parameter).clone()
+
+    def set_values(self, values: Tensor) -> None:
+        """Replace the active values by `values` (nnz,)."""
+        block = self._block(self.owner.parameter).clone()
+        block[self.topology.indices.to(block.device)] = values.to(block)
+        self.owner.parameter.detach()[self.rows] = block.view(self.shape)
+        self.owner._seen = self.owner.parameter._version
+
+    def grads(self) -> Tensor:
+        """Gradients at the active entries, (nnz,)."""
+        return self._active(self.owner.active_gradient())
+
+    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The gradient at every position, in one block."""
+        yield 0, self._block(self.owner.gradient())
+
+    def rewire(self, topology: Topology) -> None:
+        """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
+        topology = topology.to(self.owner.parameter.device)
+        old, mask = self.topology, topology.mask.to(self.owner.parameter.device)
+        gone = ~mask if old.is_dense else ~(mask & old.mask.to(mask.device))
+        self.owner.forget_other_state()
+        state = self.owner.weight_shaped_state()
+        moments = {key: self._starting_moment(s, topology) for key, s in state.items() if key in SECOND_MOMENTS}
+        for tensor in (self.owner.parameter.detach(), *state.values()):
+            tensor[self.rows].masked_fill_(gone.to(tensor.device), 0)
+        for key, (positions, moment) in moments.items():
+            block = self._block(state[key]).clone()
+            block[positions.to(block.device)] = moment
+            state[key][self.rows] = block.view(self.shape)
+        self.owner.write_mask(self.rows, mask)
+        self.owner._seen = self.owner.parameter._version
+        self.topology = topology
+
+    def restore(self, topology: Topology) -> None:
+        """Take on a saved topology without touching values or optimizer state."""
+        self.topology = topology.to(self.owner.parameter.device)
+        self.owner.write_mask(self.rows, self.topology.mask)
+
+    def _starting_moment(self, moment: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:
+        """Newcomers' positions and the second moment they start with, both (n,).
+
+        Zero would make Adam's steps several times the learning rate. The mean over the active entries is a typical
+        size; the square of the newcomer's own gradient, where growth looked at one, is the size it will have.
+        """
+        positions = topology.without(self.topology)
+        active = self._active(moment)
+        start = (active.mean() if active.numel() else active.new_zeros(())).expand(positions.numel())
+        if self.owner._held is not None:
+            grown = self._block(self.owner.gradient())[positions.to(moment.device)].to(moment.dtype)
+            start = torch.maximum(start, grown**2)
+        return positions, start
