@@ -39,8 +39,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(width: float = 1.0, *, classes: int = 1000, bias: bool = False) -> nn.Sequential:
-    """ResNet-50 v1.5 under torchvision's names; `width` scales every channel count but the image's and the
-    classes'.
+    """ResNet-50 v1.5 under torchvision's names; `width` scales all channels but the image's and the classes'.
 
     `bias=True` gives every convolution the bias that the RigL paper's accounting assumes.
     """
@@ -65,8 +64,7 @@ def resnet50(width: float = 1.0, *, classes: int = 1000, bias: bool = False) -> 
 
 
 def mobilenet_v1(width: float = 1.0, *, classes: int = 1000, bias: bool = False) -> nn.Sequential:
-    """MobileNet-v1 for 224 x 224 images; `width` scales every channel count but the image's and the
-    classes'."""
+    """MobileNet-v1; `width` scales all channels but the image's and the classes'."""
     plan = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
     reducing = {2, 4, 6, 12}
     channels = [scaled(c, width) for c in plan]

@@ -10,7 +10,14 @@ from PIL import Image
 from regrow.app import pictures
 
 RECORDS = [
-    {"step": 10 * i, "loss": 2 / (i + 1), "accuracy": 0.1 * i, "density": 0.1, "explored": 0.1 + 0.02 * i, "lr": 0.1}
+    {
+        "step": 10 * i,
+        "loss": 2 / (i + 1),
+        "accuracy": 0.1 * i,
+        "density": 0.1,
+        "explored": 0.1 + 0.02 * i,
+        "lr": 0.1,
+    }
     for i in range(6)
 ]
 LAYERS = [("fc1", 1000, 30), ("fc2", 200, 50), ("fc3", 10, 10)]
@@ -23,7 +30,8 @@ ROWS = [
 
 
 def maps(moments: int, h: int = 12, w: int = 12) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 50, (moments, h, w))
+    growing = np.arange(2, moments + 2)[:, None, None]
+    return growing * np.random.default_rng(0).integers(0, 50, (moments, h, w))
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -44,7 +52,9 @@ def test_training_curves_draw_every_record() -> None:
 
 
 def test_training_curves_leave_out_what_records_lack() -> None:
-    figure = pictures.training_curves_figure([{"step": 0, "loss": 1.0}, {"step": 5, "loss": 0.5, "density": 0.1}])
+    figure = pictures.training_curves_figure(
+        [{"step": 0, "loss": 1.0}, {"step": 5, "loss": 0.5, "density": 0.1}]
+    )
     drawn = {line.get_label(): line.get_ydata() for axes in figure.axes for line in axes.lines}
     assert set(drawn) == {"loss", "density"}
     np.testing.assert_array_equal(drawn["density"], [np.nan, 0.1])
@@ -88,7 +98,9 @@ def test_connection_maps_draw_the_counts_on_one_scale() -> None:
     steps, counts = [0, 100, 200, 300, 400, 500, 1600], maps(7)
     figure = pictures.connection_maps_figure(steps, counts, "a title")
     images = [axes.images[0] for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in figure.axes[:5]] == [f"step {s}" for s in (0, 100, 400, 500)] + ["step 1,600"]
+    assert [axes.get_title() for axes in figure.axes[:5]] == [f"step {s}" for s in (0, 100, 400, 500)] + [
+        "step 1,600"
+    ]
     for image, moment in zip(images, (0, 1, 4, 5, 6), strict=True):
         np.testing.assert_array_equal(image.get_array(), counts[moment])
         assert image.get_clim() == (0, counts[[0, 1, 4, 5, 6]].max())
@@ -100,7 +112,9 @@ def test_connection_maps_draw_the_border_at_every_moment() -> None:
     curve = pictures.connection_maps_figure(steps, counts, "").axes[-1]
     drawn = curve.lines[1].get_xydata()
     np.testing.assert_allclose(drawn, np.stack((steps, pictures.border_ratio(counts)), axis=1))
-    assert [text.get_text() for text in curve.texts] == [f"{ratio:.2f}" for ratio in pictures.border_ratio(counts)]
+    assert [text.get_text() for text in curve.texts] == [
+        f"{ratio:.2f}" for ratio in pictures.border_ratio(counts)
+    ]
 
 
 def test_connection_maps_need_one_ascending_step_per_map() -> None:
@@ -113,7 +127,8 @@ def test_border_ratio_is_two_rings_over_the_centre_half() -> None:
     counts = np.zeros((2, 12, 16))
     counts[:, 2:-2, 2:-2] = 1000  # neither border nor centre must count
     counts[:, 3:9, 4:12] = 8
-    counts[0, :2], counts[0, -2:], counts[0, :, :2], counts[0, :, -2:] = 2, 2, 2, 2
+    counts[:, 5:7, 6:10] = 32  # the mean of the centre half: (40 * 8 + 8 * 32) / 48 = 12
+    counts[0, :2], counts[0, -2:], counts[0, :, :2], counts[0, :, -2:] = 3, 3, 3, 3
     np.testing.assert_array_equal(pictures.border_ratio(counts), [0.25, 0.0])
 
 
@@ -121,10 +136,13 @@ def test_border_ratio_without_a_centre_is_infinite_and_still_drawn(tmp_path: Pat
     counts = np.zeros((2, 8, 8))
     counts[0, 0] = 1
     assert pictures.border_ratio(counts)[0] == np.inf and np.isnan(pictures.border_ratio(counts)[1])
+    assert not pictures.connection_maps_figure([0, 1], counts, "").axes[-1].texts
     assert size(pictures.connection_maps([0, 1], counts, tmp_path / "a.png", ""))[0] == 1600
 
 
-@pytest.mark.parametrize("counts", [np.ones((8, 8)), np.ones((0, 8, 8)), np.ones((1, 7, 8)), -np.ones((1, 8, 8))])
+@pytest.mark.parametrize(
+    "counts", [np.ones((8, 8)), np.ones((0, 8, 8)), np.ones((1, 7, 8)), -np.ones((1, 8, 8))]
+)
 def test_border_ratio_refuses(counts: np.ndarray) -> None:
     with pytest.raises(ValueError, match="connection maps"):
         pictures.border_ratio(counts)
@@ -166,7 +184,13 @@ def test_every_picture_is_a_png_of_its_size(tmp_path: Path) -> None:
         pictures.comparison(ROWS, tmp_path / "comparison.png"),
         pictures.comparison(ROWS[:1], tmp_path / "dense.png"),
     ]
-    assert [size(path) for path in written] == [(1600, 1280), (1600, 382), (1600, 812), (1600, 920), (1600, 920)]
+    assert [size(path) for path in written] == [
+        (1600, 1280),
+        (1600, 382),
+        (1600, 812),
+        (1600, 920),
+        (1600, 920),
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
 
 

@@ -1,8 +1,6 @@
-"""Small-dense: the dense network that is as large, in bits, as a sparse one; the baseline any sparse
-method must beat.
+"""Small-dense: the dense network as large, in bits, as a sparse one; the baseline that sparsity must beat.
 
-The network is narrowed by one factor on its channel counts, until its size is nearest to the sparse
-network's.
+One factor narrows all its channel counts, until its size is the nearest to the sparse network's.
 """
 
 from __future__ import annotations
@@ -24,17 +22,16 @@ def small_dense(build: Callable[[float], nn.Module], bits: int) -> float:
 
     A model's size is 32 bits for each entry of the weights and biases of its Linear, convolution,
     recurrent and attention modules (and transformers' `Conv1D`); norms and embeddings are not counted, a
-    tied parameter is once. The factor is a whole number of millionths. Of the many that round to the same
-    channel counts it is one next to a change: where the model of nearest size is too large it is the
-    smallest such factor, otherwise the largest. Where two models are equally near, it is that of the
-    smaller one; `bits` above the full width's give 1.0.
+    tied parameter is once. The factor is a whole number of millionths. Many round to the same channel
+    counts: of these it is the smallest where the nearest model is larger than `bits`, and the largest where
+    it is smaller. Of two models equally near it takes the smaller; `bits` above the full width's give 1.0.
 
     Args:
         build: a width factor in (0, 1] to a model whose size does not fall as the width grows. It is
             called about twenty times under `torch.device("meta")`, so nothing is allocated. The usual
-            builder truncates, `max(1, int(width * channels))`, and leaves the input's and the classes'
-        counts alone. bits: size of the sparse model, in bits: values, biases, and the bitmap that tells
-        where the values belong.
+            builder truncates, `max(1, int(width * channels))`, and leaves the counts of the input and of
+            the classes alone.
+        bits: size of the sparse model, in bits: values, biases, and the bitmap that says where they belong.
 
     Raises:
         ValueError: `bits` is below 1, the model at full width has no counted entries, or the narrowest
@@ -76,7 +73,7 @@ def small_dense(build: Callable[[float], nn.Module], bits: int) -> float:
     if below == 0:
         raise ValueError(
             f"small_dense: the narrowest model (width {above / _RESOLUTION}) has {size_above} bits, more than "
-            f"the {bits} asked for; raise the sparse model's density, or narrow what the width does not scale"
+            f"the {bits} asked for; raise the sparse model's density or scale more by the width"
         )
     nearest = above if size_above - bits < bits - size_below else below
     return nearest / _RESOLUTION

@@ -10,11 +10,11 @@ for free.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -25,14 +25,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 
 from regrow.discovery import canonical
+from regrow.metrics import uses
 from regrow.table import table
 
 _OMITTED = "norms, pooling, softmax, attention products and element-wise work are not counted"
 _BLOCK = re.compile(r"(.+)\[(\d+)\]")
-_KINDS: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell, nn.MultiheadAttention),
-)
+_Args = tuple[Any, ...]
 
 
 class LayerFlops(NamedTuple):
@@ -92,14 +90,6 @@ class Flops:
         return f"{table(head, [*body, total])}\n{note}"
 
 
-class _Use(NamedTuple):
-    """What one call does with one weight: how often it multiplies each block's entries, and how much comes
-    out."""
-
-    times: tuple[int, ...]
-    outputs: int
-
-
 @dataclass
 class _Tally:
     """The sum of all uses of one weight; `times` has one count per block of leading rows."""
@@ -109,7 +99,7 @@ class _Tally:
     times: list[int]
     outputs: int = 0
 
-    def add(self, use: _Use) -> None:
+    def add(self, use: uses.Use) -> None:
         self.times = [old + new for old, new in zip(self.times, use.times, strict=True)]
         self.outputs += use.outputs
 
@@ -143,20 +133,21 @@ def flops(
         example_input: a tensor (batch, ...), or a tuple or dict of the model's arguments, on the model's
             device. The figures are divided by the leading size of its first tensor.
         densities: weight name ("conv1.weight") to density in [0, 1]; names not given are dense. `module.` and
-            `_orig_mod.` before a name are ignored, and a tied weight goes by any of its names. The equal
-            blocks of leading rows of a packed weight have names too: "attn.in_proj_weight[0]",
-        "gru.weight_ih_l0[2]". batch_size: samples in `example_input`, where that is not its leading size
-        (time-major recurrent models). paper_quirks: reproduce the printed figures of the paper, whose code
-            differs from the above in two points. (1) A strided convolution that is the model's first or is
-            depthwise gets its padding p twice: for kernel k, stride s and input size n it has ceil((n + 2p
-            - k + 1 + 2 floor(k / 2)) / s) output positions (115 instead of 112 in ResNet-50's first). The
-            paper's Keras models pad just these layers by a layer of its own, and its counter then assumes
-            padding "same". (2) A depthwise convolution with C channels, whose Keras kernel is shaped (k,
-            k, C, 1), counts as one with one output channel: as many products, but only 1 / C of the outputs.
+            `_orig_mod.` in a name are ignored, and a tied weight goes by any of its names. The equal blocks
+            of leading rows of a packed weight have names too: "attn.in_proj_weight[0]", "gru.weight_hh[2]".
+        batch_size: samples in `example_input`, where that is not its leading size (time-major recurrent
+            models).
+        paper_quirks: reproduce the printed figures of the paper, whose code differs in two points.
+            (1) A strided convolution that is the model's first or is depthwise gets its padding p twice: with
+            kernel k, stride s and input size n it has ceil((n + 2p - k + 1 + 2 floor(k / 2)) / s) output
+            positions, 115 instead of 112 in ResNet-50's first. (The paper's Keras models pad these
+            convolutions by a layer of its own, after which its counter still assumes padding "same".)
+            (2) A depthwise convolution of C channels, whose Keras kernel is shaped (k, k, C, 1), counts as
+            one with a single output channel: as many products, but 1 / C of the outputs.
 
     Raises:
-        ValueError: a name that is no weight of the model, one weight's density given twice or outside [0,
-            1], or an example input without a batch.
+        ValueError: a name that is no weight of the model, a density that is given twice or lies outside
+            [0, 1], or an example input without a batch.
 
     >>> mlp = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
     >>> count = flops(mlp, torch.zeros(1, 784), {"0.weight": 0.1})
@@ -192,15 +183,14 @@ def training_flops(
     gradient_interval: float = math.inf,
     timing: Literal["instead", "after"] = "instead",
 ) -> float:
-    """FLOPs per sample of a training step, averaged over ordinary steps and those with a dense weight
-    gradient.
+    """FLOPs per sample of a training step, averaged over steps with and without a dense weight gradient.
 
     An ordinary step costs three forward passes, 3 f_S: forward, gradient to the activations, gradient to
-    the active weights. Where the gradient of all weights is wanted, the last third costs f_D. With T =
-    `gradient_interval`:
+    the active weights. Where the gradient of all weights is wanted, the last third costs f_D. With
+    T = `gradient_interval`:
 
-        timing="instead":  (3 f_S T + 2 f_S + f_D) / (T + 1)        T ordinary steps, then one that only
-        updates timing="after":    (3 f_S (T - 1) + 2 f_S + f_D) / T        every T-th step also updates
+        timing="instead":  (3 f_S T + 2 f_S + f_D) / (T + 1)    T ordinary steps, then one that only updates
+        timing="after":    (3 f_S (T - 1) + 2 f_S + f_D) / T    every T-th step updates too
 
     Methods that never look at a dense gradient (static, SET, SNIP, small-dense) have T = inf: 3 f_S. SNFS,
     which always does, has T = 0 under "instead" or T = 1 under "after": 2 f_S + f_D. Dense training is
@@ -270,101 +260,16 @@ def _metric(value: float) -> str:
     return f"{value / 1000**power:.4g} {prefixes[power]}".rstrip()
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # By name, because transformers is not a dependency.
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
-
-
-def _kind(module: nn.Module) -> str:
-    for cls in _KINDS:
-        if isinstance(module, cls):
-            return cls.__name__
-    return "Conv1D" if _is_conv1d(module) else type(module).__name__
-
-
-def _blocks(module: nn.Module) -> dict[str, int]:
-    """The counted weights that `module` itself holds, each with its number of blocks of leading rows."""
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        matrices = {
-            name: p for name, p in module.named_parameters(recurse=False) if name.startswith("weight_")
-        }
-        gates = {name: p.shape[0] // module.hidden_size for name, p in matrices.items()}
-        return {name: 1 if name.startswith("weight_hr") else count for name, count in gates.items()}
-    if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is not None:
-            return {"in_proj_weight": 3}
-        return {"q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
-    return {"weight": 1} if isinstance(module, (nn.Linear, _ConvNd)) or _is_conv1d(module) else {}
-
-
-def _uses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, _Use]:
-    """What one call of `module` does with each of its counted weights."""
-    if isinstance(module, nn.MultiheadAttention):
-        return _attention_uses(module, args, kwargs, output)
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        first = output[0] if isinstance(output, tuple) and not isinstance(output, PackedSequence) else output
-        states = first.data if isinstance(first, PackedSequence) else first
-        directions = 2 if getattr(module, "bidirectional", False) else 1
-        steps = states.numel() // (directions * (getattr(module, "proj_size", 0) or module.hidden_size))
-        rows = {name: module.get_parameter(name).shape[0] for name in _blocks(module)}
-        return {name: _Use((steps,) * _blocks(module)[name], steps * n) for name, n in rows.items()}
-    if isinstance(module, _ConvTransposeNd):
-        return {"weight": _Use((_input(args, kwargs).numel() // module.in_channels,), output.numel())}
-    if isinstance(module, _ConvNd):
-        return {"weight": _Use((output.numel() // module.out_channels,), output.numel())}
-    return {"weight": _Use((output.numel() // output.shape[-1],), output.numel())}
-
-
-def _attention_uses(
-    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> dict[str, _Use]:
-    call = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
-    width = module.embed_dim
-    tokens = (
-        call["query"].numel() // width,
-        call["key"].numel() // module.kdim,
-        call["value"].numel() // module.vdim,
-    )
-    if module.in_proj_weight is not None:
-        projections = {"in_proj_weight": _Use(tokens, sum(tokens) * width)}
-    else:
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        projections = {name: _Use((n,), n * width) for name, n in zip(names, tokens, strict=True)}
-    # Attention multiplies by the output projection's weight without calling that module: no hook of it fires.
-    return {**projections, "out_proj.weight": _Use((tokens[0],), output[0].numel())}
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    tensor = args[0] if args else kwargs["input"]
-    assert isinstance(tensor, Tensor)
-    return tensor
-
-
-def _paper_use(conv: _ConvNd, tensor: Tensor, use: _Use, is_first: bool) -> _Use:
-    """`use` as the paper's code has it, for a convolution of `tensor` (batch, channels, *sizes)."""
-    is_depthwise = conv.groups == conv.in_channels > 1
-    (positions,) = use.times
-    is_padded = not isinstance(conv.padding, str) and any(conv.padding)
-    if (is_first or is_depthwise) and is_padded and any(stride > 1 for stride in conv.stride):
-        sizes = tensor.shape[-len(conv.stride) :]
-        positions = tensor.numel() // (conv.in_channels * math.prod(sizes))
-        assert not isinstance(conv.padding, str)
-        axes = zip(sizes, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
-        for size, kernel, stride, pad, step in axes:
-            reach = step * (kernel - 1) + 1
-            positions *= math.ceil((size + 2 * pad - reach + 1 + 2 * (reach // 2)) / stride)
-    outputs = conv.out_channels // conv.in_channels if is_depthwise else conv.out_channels
-    return _Use((positions,), positions * outputs)
+def _name(path: str, weight: str) -> str:
+    return canonical(f"{path}.{weight}" if path else weight)
 
 
 def _tallies(model: nn.Module) -> dict[str, _Tally]:
     """An empty tally for every counted weight, by canonical name, in the order of the model's modules."""
     return {
-        canonical(f"{name}.{weight}"): _Tally(
-            _kind(module), tuple(getattr(module, weight).shape), [0] * blocks
-        )
-        for name, module in model.named_modules()
-        for weight, blocks in _blocks(module).items()
+        _name(path, weight): _Tally(uses.kind(module), tuple(getattr(module, weight).shape), [0] * count)
+        for path, module in model.named_modules()
+        for weight, count in uses.blocks(module).items()
     }
 
 
@@ -372,19 +277,21 @@ def _run(model: nn.Module, example_input: Any, tallies: dict[str, _Tally], quirk
     """Run `model` once and add what each call does to the tallies."""
     seen_convolution = False
 
-    def record(
-        prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def record(path: str, module: nn.Module, args: _Args, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal seen_convolution
-        for weight, use in _uses(module, args, kwargs, output).items():
-            is_convolution = isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
-            if quirks and is_convolution:
-                assert isinstance(module, _ConvNd)
-                use = _paper_use(module, _input(args, kwargs), use, not seen_convolution)  # noqa: PLW2901
-            seen_convolution |= is_convolution
-            tallies[canonical(f"{prefix}.{weight}")].add(use)
+        call = uses.uses(module, args, kwargs, output)
+        if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+            if quirks:
+                tensor = uses.input_of(args, kwargs)
+                call = {"weight": uses.paper_use(module, tensor, call["weight"], not seen_convolution)}
+            seen_convolution = True
+        for weight, use in call.items():
+            tallies[_name(path, weight)].add(use)
 
-    with _observed(model, record), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    # Nothing is compiled before this module is imported, and importing it for nothing takes a second.
+    has_compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if has_compiled else nullcontext()
+    with _observed(model, record), torch.no_grad(), eager:
         if isinstance(example_input, Mapping):
             model(**example_input)
         elif isinstance(example_input, tuple) and not isinstance(example_input, PackedSequence):
@@ -400,7 +307,7 @@ def _observed(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
     handles = [
         module.register_forward_hook(partial(record, name), with_kwargs=True)
         for name, module in model.named_modules()
-        if _blocks(module)
+        if uses.blocks(module)
     ]
     # Fused encoder layers call none of their parts.
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -436,8 +343,7 @@ def _leading_size(example_input: Any) -> int:
 def _block_densities(
     model: nn.Module, densities: Mapping[str, float], tallies: dict[str, _Tally]
 ) -> dict[str, list[float]]:
-    """The densities of each tally's blocks; a named weight of a layer that is not counted gets an empty
-    tally."""
+    """The densities of each tally's blocks; a named weight that is not counted gets an empty tally."""
     parameters = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     first: dict[int, str] = {}
     alias = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
@@ -446,9 +352,8 @@ def _block_densities(
     counted = {alias.get(name, name) for name in tallies}
     for base in bases.values():
         if alias.get(base, base) not in counted and base in parameters and parameters[base].ndim > 1:
-            tallies.setdefault(
-                base, _Tally(_owner(model, parameters[base]), tuple(parameters[base].shape), [0])
-            )
+            owner = _owner(model, parameters[base])
+            tallies.setdefault(base, _Tally(owner, tuple(parameters[base].shape), [0]))
     n_blocks = {alias.get(name, name): len(tally.times) for name, tally in tallies.items()}
     chosen: dict[tuple[str, int], float] = {}
     for given, density in densities.items():

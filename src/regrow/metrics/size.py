@@ -1,5 +1,4 @@
-"""Bits and bytes that sparse weights take on disk or on the wire, from their shapes and numbers of active
-entries.
+"""Bits and bytes of sparse weights on disk or on the wire, from shapes and numbers of active entries.
 
 Three forms: `bitmap` (the values of the active entries and one bit per entry, the RigL paper's account),
 `csr` (the values, a column for each, and a pointer per row), and `dense` (every entry, active or not).

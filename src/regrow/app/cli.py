@@ -1,0 +1,207 @@
+"""The command line: `regrow train`, `regrow compare`, `regrow methods`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from regrow import __version__
+from regrow.app import compare as comparison
+from regrow.app import folder
+from regrow.app.config import Config
+from regrow.app.models import MODELS
+from regrow.app.vocabulary import RECIPES, options, paper, summary
+
+_console = Console()
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one sentence and exit status 2, an interrupt with 130."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except click.Abort:
+        _fail("interrupted: the same command goes on where it stopped", 130)
+    except (ValueError, OSError) as error:
+        _fail(str(error), 2)
+
+
+def _fail(message: str, status: int) -> None:
+    Console(stderr=True).print(f"regrow: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="regrow")
+def cli() -> None:
+    """Train sparse neural networks: most of their connections never exist."""
+
+
+def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The settings of data, model and training, the same for `train` and `compare`."""
+    decorators = [
+        click.option("--data", default="digits", show_default=True, help="digits, mnist, fashion-mnist, cifar10, cifar100, or any name with --data-dir."),
+        click.option("--data-dir", type=click.Path(), help="Folder with IDX files or Hugging Face parquet files."),
+        click.option("--model", type=click.Choice(list(MODELS)), help="Network; by default what suits the data."),
+        click.option("--hidden", help="Hidden widths of the mlp, such as 512,256."),
+        click.option("--skip", multiple=True, help="Name or glob of weights that stay dense (may be repeated)."),
+        click.option("--only", multiple=True, help="Name or glob of the weights that are sparsified at all."),
+        click.option("--budget", type=click.Choice(["sparsified", "model"]), default="sparsified", show_default=True, help="What the density counts: sparsified weights, or all weights of the model."),
+        click.option("--epochs", type=float, help="Length of training; the default depends on the model."),
+        click.option("--steps", type=int, help="Length of training in optimizer steps."),
+        click.option("--batch", type=int, help="Examples per step."),
+        click.option("--optimizer", type=click.Choice(["sgd", "adam", "adamw"]), default="sgd", show_default=True, help="sgd has Nesterov momentum."),
+        click.option("--lr", type=float, help="Peak learning rate."),
+        click.option("--momentum", type=float, default=0.9, show_default=True, help="Of sgd."),
+        click.option("--weight-decay", type=float, help="L2 (sgd, adam) or decoupled (adamw)."),
+        click.option("--schedule", type=click.Choice(["cosine", "step", "constant"]), default="cosine", show_default=True, help="Learning rate over the run; step is x 0.1 at a half and three quarters."),
+        click.option("--warmup", type=int, default=0, show_default=True, help="Steps of linear warm-up."),
+        click.option("--augment/--no-augment", default=None, help="Random crops (and flips on CIFAR); default for wrn-22-2."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of initialization, topology and data order."),
+        click.option("--threads", type=int, help="Threads of torch."),
+    ]
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command
+
+
+def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for every option that some method has, with the methods that have it."""
+    having: dict[str, list[str]] = {}
+    for method in RECIPES:
+        for name in options(method):
+            having.setdefault(name, []).append(method)
+    for name, names in reversed(having.items()):
+        option = options(names[0])[name]
+        shown = ", ".join(f"{m} {d}" for m in names if (d := options(m)[name].default) is not None)
+        text = f"{option.help} [{', '.join(names)}]" + (f" Defaults: {shown}." if shown else "")
+        text = "optimizer step after which topologies stay as they are; default: three quarters of the run [" + ", ".join(names) + "]" if name == "until" else text
+        command = click.option(f"--{name.replace('_', '-')}", f"option_{name}", metavar=_metavar(option.words), help=text)(command)
+    return command
+
+
+def _metavar(words: str) -> str:
+    return {"a number": "NUMBER", "an integer": "STEPS"}.get(words, words.replace(" ", ""))
+
+
+@cli.command()
+@click.option("--method", default="rigl", show_default=True, help=f"One of {', '.join(RECIPES)}.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder; an interrupted run in it goes on. Default: runs/DATA-METHOD-seedN.")
+@_shared_options
+@_method_options
+def train(method: str, out: Path | None, **given: Any) -> None:
+    """Train one network and leave a folder with its record, result, model and pictures."""
+    config = _config(given, method)
+    out = out or Path("runs") / f"{config.data}-{method}-seed{config.seed}"
+    with _progress() as bar:
+        task = bar.add_task(method, total=None, loss="", accuracy="", density="", explored="")
+
+        def report(record: dict[str, float]) -> None:
+            bar.update(task, total=total(), completed=record["step"], **_live(record))
+
+        def total() -> float | None:
+            return float(Config.from_json((out / "config.json").read_text()).steps or 0)
+
+        result = folder.run(config, out, report)
+    _show_result(result)
+    _console.print(f"everything of this run is in {out}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.option("--methods", "specs", default="dense,small_dense,static,set,rigl", show_default=True, help="Separated by spaces or commas; METHOD:OPTION=VALUE,... sets options of one alone (then separate by spaces).")
+@click.option("--densities", default="0.1", show_default=True, help="Separated by commas.")
+@click.option("--seeds", type=int, default=1, show_default=True, help="How many runs of each, with seeds counted up from --seed.")
+@click.option("--jobs", type=int, default=1, show_default=True, help="Runs at a time, each with one thread where there are several.")
+@click.option("--out", type=click.Path(path_type=Path), help="The comparison's folder; complete runs in it are kept. Default: runs/compare-DATA.")
+@_shared_options
+@_method_options
+def compare(specs: str, densities: str, seeds: int, jobs: int, out: Path | None, **given: Any) -> None:
+    """Train several methods on the same data with equal steps and print one table."""
+    config = _config(given, "dense")
+    if seeds < 1 or jobs < 1:
+        raise ValueError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
+    shared = {k: v for k, v in config.options.items() if k != "density"}
+    names = specs.split() if ":" in specs else specs.replace(",", " ").split()
+    out = out or Path("runs") / f"compare-{config.data}"
+    todo = comparison.plan(config, names, [float(d) for d in densities.split(",")], seeds, shared, out)
+    results = []
+    with _progress() as bar:
+        task = bar.add_task("runs", total=len(todo), loss="", accuracy="", density="", explored="")
+
+        def report(job: comparison.Job, record: dict[str, float]) -> None:
+            bar.update(task, description=job.folder.name, **_live(record))
+
+        for job, result in comparison.run_all(todo, jobs, report):
+            results.append((job, result))
+            bar.update(task, advance=1, description=job.folder.name)
+    table = comparison.write(out, todo, results, shlex.join(["regrow", *sys.argv[1:]]))
+    shown = Table(*comparison.HEAD, title=f"{config.data}: {results[0][1]['steps']:,} steps each")
+    for row in table:
+        shown.add_row(*comparison.cells(row))
+    _console.print(shown)
+    _console.print(f"runs, table and picture are in {out}", highlight=False, soft_wrap=True)
+
+
+@cli.command("methods")
+def list_methods() -> None:
+    """List the methods, each with its paper and its options."""
+    for method in RECIPES:
+        _console.print(f"[bold]{method}[/]  {summary(method)}", highlight=False)
+        _console.print(f"    {paper(method)}", style="dim", highlight=False, markup=False)
+        for option in options(method).values():
+            default = "three quarters of the run" if option.name == "until" else option.default
+            text = f"    --{option.name.replace('_', '-')} {option.words}" + ("" if default is None else f" (default {default})")
+            _console.print(text, highlight=False, markup=False)
+
+
+def _config(given: dict[str, Any], method: str) -> Config:
+    chosen = {k.removeprefix("option_"): v for k, v in given.items() if k.startswith("option_") and v is not None}
+    plain = {k: v for k, v in given.items() if not k.startswith("option_")}
+    hidden = plain.pop("hidden")
+    if hidden is not None:
+        try:
+            plain["hidden"] = tuple(int(width) for width in hidden.split(","))
+        except ValueError:
+            raise ValueError(f"--hidden takes widths such as 512,256, got {hidden!r}") from None
+    return Config(method=method, options=chosen, **plain)
+
+
+def _progress() -> Progress:
+    fields = ("loss", "accuracy", "density", "explored")
+    columns = [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
+    return Progress(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), *columns, TimeRemainingColumn(), console=_console, transient=True)
+
+
+def _live(record: dict[str, float]) -> dict[str, str]:
+    return {
+        "loss": f"loss {record['loss']:.4f}",
+        "accuracy": f"train {100 * record['accuracy']:.1f} %",
+        "density": f"density {record['density']:.4g}",
+        "explored": f"R_s {record['explored']:.3f}" if record["explored"] == record["explored"] else "",
+    }
+
+
+def _show_result(result: dict[str, Any]) -> None:
+    table = Table("layer", "shape", "density", "active", title=f"{result['method']}, seed {result['seed']}, {result['steps']:,} steps")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, layer in result["layers"].items():
+        table.add_row(name, " x ".join(map(str, layer["shape"])), f"{layer['nnz'] / layer['numel']:.4f}", f"{layer['nnz']:,}")
+    table.add_section()
+    table.add_row("all", "", f"{result['density']:.4f}", f"{result['nnz']:,}")
+    _console.print(table)
+    explored = "" if result["explored"] is None else f", R_s {result['explored']:.3f}"
+    _console.print(
+        f"test accuracy {100 * result['accuracy']:.2f} %{explored}, FLOPs of dense: inference {result['inference_flops_ratio']:.3f}x, "
+        f"training {result['training_flops_ratio']:.3f}x, {result['seconds']:.1f} s, peak memory {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

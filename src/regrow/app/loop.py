@@ -1,0 +1,352 @@
+"""One training run: an ordinary PyTorch loop, its record, and its resumption.
+
+The library's whole part in it is one call of `regrow.sparsify`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+import regrow
+from regrow import metrics
+from regrow.app import data as datasets
+from regrow.app import models
+from regrow.app.config import Config, write_text
+from regrow.app.vocabulary import make
+from regrow.atomic import replacing
+from regrow.discovery import find
+from regrow.method import Method, Need
+from regrow.metrics.flops import Flops
+from regrow.sparsifier import Sparsifier
+
+CHECKPOINT_SECONDS = 30.0
+RECORDS = 200
+MAPS = 24
+
+Report = Callable[[dict[str, float]], None]
+"""Called with the newest record, for progress."""
+
+
+@dataclass
+class Run:
+    """Everything that moves during training."""
+
+    config: Config
+    steps: int
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    sparsifier: Sparsifier
+    forward: Flops
+    baseline: float
+    """Forward FLOPs per sample of the dense model at full width."""
+    spent: float = 0.0
+    """Training FLOPs per sample, summed over the steps so far."""
+    seconds: float = 0.0
+    done: int = 0
+
+    def checkpoint(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(),
+            "done": self.done,
+            "spent": self.spent,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where `checkpoint` was made."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        self.done, self.spent, self.seconds = state["done"], state["spent"], state["seconds"]
+
+
+def build(config: Config, data: datasets.Data) -> Run:
+    """Model, optimizer, learning-rate schedule and sparsifier of a resolved config."""
+    assert config.model is not None and config.steps is not None
+    shape = (int(data.train_x.shape[1]), int(data.train_x.shape[2]), int(data.train_x.shape[3]))
+
+    def network(width: float) -> nn.Module:
+        return models.build(str(config.model), shape, data.classes, width=width, hidden=config.hidden, seed=config.seed)
+
+    method = make(config.method, config.options, config.steps)
+    width = _small_width(network, config) if config.method == "small_dense" else 1.0
+    model = network(width)
+    optimizer = _optimizer(config, model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config))
+    if config.explored:
+        method = method._replace(needs=method.needs | Need.EXPLORED)
+    sparsifier = regrow.sparsify(
+        model, optimizer, method, skip=config.skip, only=config.only or None, budget=config.budget, seed=config.seed  # type: ignore[arg-type]
+    )
+    example = torch.zeros(1, *shape)
+    baseline = metrics.flops(network(1.0), example).dense
+    return Run(config, config.steps, model, optimizer, scheduler, sparsifier, metrics.flops(model, example), baseline)
+
+
+def _small_width(network: Callable[[float], nn.Module], config: Config) -> float:
+    """The width at which a dense network is as large as the sparse one of the same options."""
+    static = make("static", config.options, int(config.steps or 1))
+    model = network(1.0)
+    plain = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparse = regrow.sparsify(model, plain, static, skip=config.skip, only=config.only or None, budget=config.budget)  # type: ignore[arg-type]
+    sparse.remove()
+    pairs = [(w.shape, w.topology.nnz) for w in sparse.weights] + [(e.shape, e.numel) for e in sparse.excluded]
+    biases = sum(m.bias.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None)
+    return regrow.methods.small_dense(network, metrics.model_bits(pairs, n_biases=biases))
+
+
+def _optimizer(config: Config, model: nn.Module) -> Optimizer:
+    assert config.lr is not None and config.weight_decay is not None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    raise ValueError(f"there is no optimizer {config.optimizer!r}: choose sgd, adam, adamw")
+
+
+def _lr_schedule(config: Config) -> Callable[[int], float]:
+    steps, warmup = int(config.steps or 1), config.warmup
+    shapes: dict[str, Callable[[float], float]] = {
+        "constant": lambda p: 1.0,
+        "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+        "step": lambda p: 0.1 ** sum(p >= drop for drop in (0.5, 0.75)),
+    }
+    if config.schedule not in shapes:
+        raise ValueError(f"there is no schedule {config.schedule!r}: choose {', '.join(shapes)}")
+    shape = shapes[config.schedule]
+    return lambda step: min(1.0, (step + 1) / (warmup + 1)) * shape(min(step / steps, 1.0))
+
+
+def step_flops(run: Run) -> float:
+    """Training FLOPs per sample of the coming step: forward, input gradients, weight gradients.
+
+    3 f_S in general; 2 f_S + f_D where the weight gradient is dense; f is the forward cost at the present topology.
+    """
+    method: Method = run.sparsifier.method
+    sparse = forward_flops(run)
+    due = run.sparsifier.due
+    if not run.sparsifier.started:
+        return 3 * run.forward.dense
+    dense_gradient = Need.EVERY_GRADIENT in method.needs or (Need.GRADIENT in method.needs and due)
+    return 2 * sparse + run.forward.dense if dense_gradient else 3 * sparse
+
+
+def forward_flops(run: Run) -> float:
+    """Forward FLOPs per sample at the present topology."""
+    density = metrics.densities(run.sparsifier)
+    return sum(row.outputs + density.get(row.name, 1.0) * (row.dense - row.outputs) for row in run.forward.layers)
+
+
+def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterator[None]:
+    """Train to the last step, yielding after each; records and checkpoints go to `folder`."""
+    x = datasets.normalize(data)
+    batch = int(run.config.batch or 1)
+    per_epoch = len(data.train_y) // batch
+    meter, maps = Meter(), Maps(run, data, folder)
+    every = max(1, run.steps // RECORDS)
+    cost = step_flops(run)
+    began = saved = time.monotonic()
+    before = run.seconds
+    run.model.train()
+    with (folder / "metrics.jsonl").open("a") as log:
+        while run.done < run.steps:
+            epoch = run.done // per_epoch
+            order = list(datasets.batches(len(data.train_y), batch, run.config.seed, epoch))
+            for index in order[run.done % per_epoch :]:
+                images = _augmented(x.train_x[index], run) if run.config.augment else x.train_x[index]
+                changes = run.sparsifier.due
+                cost = step_flops(run) if changes or run.done == 0 else cost
+                run.optimizer.zero_grad()
+                logits = run.model(images)
+                loss = F.cross_entropy(logits, data.train_y[index])
+                loss.backward()  # type: ignore[no-untyped-call]
+                run.optimizer.step()
+                run.scheduler.step()
+                run.spent += cost
+                cost = step_flops(run) if changes else cost
+                run.done += 1
+                meter.add(loss, logits, data.train_y[index])
+                maps.see(run)
+                if run.done % every == 0 or run.done == run.steps:
+                    record = _record(run, meter)
+                    log.write(json.dumps(record) + "\n")
+                    report(record)
+                run.seconds = before + time.monotonic() - began
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    log.flush()
+                    save_checkpoint(run, maps, folder)
+                    saved = time.monotonic()
+                yield
+                if run.done == run.steps:
+                    break
+    save_checkpoint(run, maps, folder)
+
+
+def _augmented(images: Tensor, run: Run) -> Tensor:
+    generator = torch.Generator().manual_seed(run.config.seed * 1_000_003 + run.done)
+    return datasets.augment(images, generator, pad=4, flip=run.config.data.startswith("cifar"))
+
+
+class Meter:
+    """Running means of the training loss and accuracy since the last record."""
+
+    def __init__(self) -> None:
+        self.loss, self.correct, self.n = torch.zeros(()), torch.zeros(()), 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits (n, classes), labels (n,)."""
+        self.loss += loss.detach() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.n += len(labels)
+
+    def take(self) -> tuple[float, float]:
+        """(mean loss, accuracy), starting anew."""
+        means = float(self.loss) / max(1, self.n), float(self.correct) / max(1, self.n)
+        self.__init__()  # type: ignore[misc]
+        return means
+
+
+def _record(run: Run, meter: Meter) -> dict[str, float]:
+    loss, accuracy = meter.take()
+    if not math.isfinite(loss):
+        raise ValueError(f"training diverged: the loss is {loss} at step {run.done:,}; lower --lr (now {run.config.lr})")
+    return {
+        "step": run.done,
+        "loss": loss,
+        "accuracy": accuracy,
+        "density": run.sparsifier.density,
+        "explored": run.sparsifier.explored if run.sparsifier.explored is not None else math.nan,
+        "lr": float(run.scheduler.get_last_lr()[0]),
+    }
+
+
+class Maps:
+    """Outgoing connections per input pixel at some steps, where the first layer reads an image."""
+
+    def __init__(self, run: Run, data: datasets.Data, folder: Path) -> None:
+        layer = models.vision_input_layer(run.model)
+        self.name = None if layer is None else (f"{layer}.weight" if layer else "weight")
+        if self.name not in run.sparsifier.topologies:
+            self.name = None
+        self.shape = tuple(data.train_x.shape[1:])
+        self.every = max(1, run.steps // MAPS)
+        self.steps: list[int] = []
+        self.counts: list[np.ndarray[Any, Any]] = []
+        kept = folder / "connections.npz"
+        if run.done and kept.exists():
+            with np.load(kept, allow_pickle=False) as file:
+                upto = int((file["steps"] <= run.done).sum())
+                self.steps, self.counts = file["steps"][:upto].tolist(), list(file["counts"][:upto])
+        elif run.sparsifier.started:
+            self.see(run)
+
+    def see(self, run: Run) -> None:
+        """Count connections if a map is wanted at this step."""
+        if self.name is None or (run.done % self.every and run.done != run.steps):
+            return
+        mask = run.sparsifier.topologies[self.name].mask
+        self.steps.append(run.done)
+        self.counts.append(mask.sum(0).view(self.shape).sum(0).cpu().numpy())
+
+    def write(self, folder: Path) -> None:
+        """Write `connections.npz`: steps (moments,), counts (moments, h, w)."""
+        if self.name is not None:
+            with replacing(folder / "connections.npz") as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, steps=np.array(self.steps), counts=np.array(self.counts))
+
+
+def save_checkpoint(run: Run, maps: Maps, folder: Path) -> None:
+    """Write `checkpoint.pt` and `connections.npz` atomically."""
+    maps.write(folder)
+    with replacing(folder / "checkpoint.pt") as temporary:
+        torch.save(run.checkpoint(), temporary)
+
+
+def resume(run: Run, folder: Path) -> bool:
+    """Continue from the folder's checkpoint if there is one; later records are cut off."""
+    path = folder / "checkpoint.pt"
+    records = folder / "metrics.jsonl"
+    if not path.exists():
+        records.unlink(missing_ok=True)
+        return False
+    try:
+        run.restore(torch.load(path, weights_only=True))
+    except (RuntimeError, KeyError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be resumed ({' '.join(str(error).split())[:200]}): delete the folder to start anew") from None
+    lines = records.read_text().splitlines() if records.exists() else []
+    write_text(records, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.done))
+    return True
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Accuracy on x (n, c, h, w), y (n,)."""
+    model.eval()
+    correct = sum(int((model(part).argmax(1) == labels).sum()) for part, labels in zip(x.split(1000), y.split(1000), strict=True))
+    return correct / len(y)
+
+
+def result(run: Run, data: datasets.Data) -> dict[str, Any]:
+    """What is reported of the final step's model; the only place where the test set is read."""
+    x = datasets.normalize(data)
+    sparse = forward_flops(run)
+    layers = {name: {"shape": list(t.shape), "nnz": t.nnz, "numel": t.numel} for name, t in run.sparsifier.topologies.items()}
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "method": run.config.method,
+        "seed": run.config.seed,
+        "steps": run.steps,
+        "accuracy": evaluate(run.model, x.test_x, data.test_y),
+        "density": run.sparsifier.density,
+        "nnz": run.sparsifier.nnz,
+        "numel": run.sparsifier.numel,
+        "layers": layers,
+        "updates": run.sparsifier.updates,
+        "explored": run.sparsifier.explored,
+        "inference_flops_ratio": sparse / run.baseline,
+        "training_flops_ratio": run.spent / (3 * run.baseline * run.steps),
+        "seconds": run.seconds,
+        "peak_rss_bytes": rss,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions and processor that a result depends on."""
+    return {
+        "regrow": regrow.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

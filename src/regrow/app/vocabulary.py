@@ -1,0 +1,184 @@
+"""How methods are spoken on the command line: names for values, and options read from signatures.
+
+The library takes functions, the command line takes words; this table is the only place where they meet.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args, get_type_hints
+
+from regrow import allocation, methods, redistribution, schedules
+from regrow.drops import lowest, lowest_per_sign
+from regrow.method import Allocation, Drop, Method, Regrow, Statistic, Timing
+from regrow.methods.dynamic import Anneal
+from regrow.scores import magnitude
+from regrow.validation import require_density
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": allocation.uniform,
+    "er": allocation.er,
+    "erk": allocation.erk,
+    "globally": allocation.globally,
+}
+ANNEALS: dict[str, Anneal] = {
+    "constant": schedules.constant,
+    "linear": schedules.linear,
+    "cosine": schedules.cosine,
+    "inverse_power": schedules.inverse_power,
+}
+DROPS: dict[str, Drop] = {"magnitude": lowest(magnitude), "per_sign": lowest_per_sign}
+REDISTRIBUTIONS: dict[str, Statistic | None] = {
+    "momentum": redistribution.mean_momentum,
+    "magnitude": redistribution.mean_magnitude,
+    "nonzeros": redistribution.nonzeros,
+    "none": None,
+}
+
+
+def small_dense(density: float | None, *, allocate: Allocation = allocation.erk) -> Method:
+    """A dense network made narrow enough to take as many bits as the sparse one would.
+
+    Args:
+        density: active share of the sparse network that it is compared with, in (0, 1].
+        allocate: how that network would share its active entries; matters where it is explicit.
+
+    Source: Evci et al. 2020, Rigging the Lottery, section 4 ("Small-Dense").
+    """
+    require_density("small_dense", density)
+    return methods.dense()._replace(name="small_dense")
+
+
+RECIPES: dict[str, Callable[..., Method]] = {**methods.RECIPES, "small_dense": small_dense}
+"""Everything that `--method` accepts."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method as the command line sees it."""
+
+    name: str
+    parse: Callable[[str], Any]
+    words: str
+    """What may be written: a type or the choices."""
+    help: str
+    required: bool
+    default: Any
+
+
+def options(method: str) -> dict[str, Option]:
+    """The options of a method, read from its signature and its docstring's Args section."""
+    recipe = RECIPES[method]
+    hints = get_type_hints(recipe)
+    said = _args_section(inspect.getdoc(recipe) or "")
+    found = {}
+    for name, parameter in inspect.signature(recipe).parameters.items():
+        parse, words = _parser(hints[name])
+        required = parameter.default is parameter.empty
+        default = None if required else _word(parameter.default)
+        found[name] = Option(name, parse, words, said.get(name, ""), required, default)
+    return found
+
+
+def paper(method: str) -> str:
+    """The first line of a method's docstring and its source."""
+    doc = inspect.getdoc(RECIPES[method]) or ""
+    source = re.search(r"Source: (.+?)(?:\n\n|\Z)", doc, re.S)
+    return " ".join(source.group(1).split()) if source else ""
+
+
+def summary(method: str) -> str:
+    """The first line of a method's docstring."""
+    return (inspect.getdoc(RECIPES[method]) or "").partition("\n")[0]
+
+
+def make(method: str, given: Mapping[str, str], steps: int) -> Method:
+    """The method with options as typed; `until`, where it is needed and not given, is three quarters of `steps`.
+
+    Raises:
+        ValueError: for an unknown method or option, or a value that does not parse, naming what there is.
+    """
+    known = _known(method)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{method} has no option {name}: it has {', '.join(known) or 'none'}")
+    values = {name: _parsed(method, known[name], text) for name, text in given.items()}
+    if "until" in known and "until" not in values:
+        values["until"] = max(1, steps * 3 // 4)
+    if "density" in known and "density" not in values:
+        values["density"] = None
+    if values.get("until", 0) > steps:
+        raise ValueError(f"{method}: until is {values['until']:,}, after the run's last step {steps:,}: lower it or train longer")
+    density = (values.pop("density"),) if "density" in known else ()
+    return RECIPES[method](*density, **values)
+
+
+def _known(method: str) -> dict[str, Option]:
+    if method not in RECIPES:
+        raise ValueError(f"there is no method {method!r}: choose {', '.join(RECIPES)}")
+    return options(method)
+
+
+def _parsed(method: str, option: Option, text: str) -> Any:
+    try:
+        return option.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{method}: {option.name} takes {option.words}, got {text!r} ({error})") from None
+
+
+def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
+    """How a parameter of this type is written: (text -> value, words for the help)."""
+    tables: list[tuple[Any, Mapping[str, Any]]] = [(Anneal, ANNEALS), (Drop, DROPS), (Statistic | None, REDISTRIBUTIONS)]
+    for kind, values in tables:
+        if hint == kind:
+            return partial(_choose, values), " | ".join(values)
+    if hint == Allocation:
+        return parse_allocation, " | ".join(ALLOCATIONS) + " | GLOB=DENSITY,...[,rest=NAME]"
+    if hint in (Regrow, Timing):
+        return partial(_choose, {word: word for word in get_args(hint)}), " | ".join(get_args(hint))
+    for kind in (int, float):
+        if hint in (kind, kind | None):
+            return kind, "an integer" if kind is int else "a number"
+    raise TypeError(f"the command line has no words for options of type {hint}: add them to regrow.app.vocabulary")
+
+
+def parse_allocation(text: str) -> Allocation:
+    """A name, or GLOB=DENSITY pairs separated by commas with an optional rest=NAME.
+
+    Example:
+        >>> parse_allocation("erk") is allocation.erk
+        True
+        >>> shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
+        >>> allocation.counts(parse_allocation("fc1=0.02,fc2=0.118,fc3=1"), shapes, None)
+        {'fc1': 4704, 'fc2': 3540, 'fc3': 1000}
+    """
+    if "=" not in text:
+        return _choose(ALLOCATIONS, text)
+    pairs = dict(part.split("=", 1) for part in text.split(",") if part)
+    rest = pairs.pop("rest", None)
+    return allocation.explicit({glob: float(d) for glob, d in pairs.items()}, None if rest is None else _choose(ALLOCATIONS, rest))
+
+
+def _choose(values: Mapping[str, Any], word: str) -> Any:
+    if word not in values:
+        raise ValueError(f"there are {', '.join(values)}")
+    return values[word]
+
+
+def _word(value: Any) -> Any:
+    """The word that stands for a default value."""
+    for table in (ALLOCATIONS, ANNEALS, REDISTRIBUTIONS):
+        for word, known in table.items():
+            if known is value and value is not None:
+                return word
+    return "magnitude" if callable(value) else value
+
+
+def _args_section(doc: str) -> dict[str, str]:
+    match = re.search(r"Args:\n(.+?)(?:\n\n|\Z)", doc, re.S)
+    entries = re.findall(r"^ {4}(\w+): (.+?)(?=^ {4}\w+: |\Z)", match.group(1) + "\n", re.S | re.M) if match else []
+    return {name: " ".join(text.split()) for name, text in entries}

@@ -1,0 +1,54 @@
+"""What topologies look like: exact densities, how much was explored, how far two lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from regrow.sparsifier import Sparsifier
+from regrow.topology import Topology
+
+
+def densities(sparsifier: Sparsifier) -> dict[str, float]:
+    """nnz / numel of every sparsified weight by name, from exact counts."""
+    return {name: topology.density for name, topology in sparsifier.topologies.items()}
+
+
+class Exploration(NamedTuple):
+    """The in-time over-parameterization rate R_s, overall and for each weight by name."""
+
+    overall: float
+    layers: dict[str, float]
+
+
+def exploration(sparsifier: Sparsifier) -> Exploration:
+    """R_s: entries that were ever active / all entries of the sparsified weights.
+
+    Raises:
+        ValueError: when the method was not asked to keep track: give it `Need.EXPLORED`.
+
+    Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, section 3.2.
+    """
+    overall = sparsifier.explored
+    if overall is None or any("explored" not in w.state for w in sparsifier.weights):
+        raise ValueError(f"{sparsifier.method.name} keeps no explored positions: use method._replace(needs=method.needs | Need.EXPLORED) and start it")
+    return Exploration(overall, {w.name: float(w.state["explored"].double().mean()) for w in sparsifier.weights})
+
+
+def distance(a: Mapping[str, Topology], b: Mapping[str, Topology]) -> float:
+    """Jaccard distance 1 - |A and B| / |A or B| of the active entries of all weights: 0 equal, 1 disjoint.
+
+    Raises:
+        ValueError: when the two do not have the same weights and shapes.
+
+    Example:
+        >>> import torch
+        >>> a, b = Topology((4,), torch.tensor([0, 1])), Topology((4,), torch.tensor([1, 2]))
+        >>> round(distance({"w": a}, {"w": b}), 4)
+        0.6667
+    """
+    if {n: t.shape for n, t in a.items()} != {n: t.shape for n, t in b.items()}:
+        raise ValueError(f"topologies of different models have no distance: {', '.join(a)} against {', '.join(b)}")
+    common = sum(t.nnz - t.without(b[name]).numel() for name, t in a.items())
+    union = sum(t.nnz + b[name].nnz for name, t in a.items()) - common
+    return 1 - common / union if union else 0.0

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regrow.streams import Stream
+
+WORD = 2**64 - 1
+
+GOLDEN = """
+import torch
+from torch import nn
+import regrow
+from regrow import methods
+from regrow.streams import Stream
+model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+sparsifier = regrow.sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), methods.set_(0.3, until=9), seed=3)
+print(Stream(0, "fc.weight", 100).integers(1000, 6).tolist())
+print(Stream(7, "a.b", 3).uniform(3).tolist())
+print(Stream(0, "fc.weight", 100).subset(50, 8).tolist())
+print(Stream(1, "fc.weight", 0).subset(12, 9).tolist())
+for topology in sparsifier.topologies.values():
+    print(topology.indices.tolist())
+"""
+
+PRINTED = """\
+[330, 165, 689, 477, 646, 954]
+[0.664107579128688, 0.31090125671586477, 0.02556277074199098]
+[4, 11, 15, 23, 27, 30, 39, 46]
+[0, 1, 3, 4, 5, 6, 7, 10, 11]
+"""
+
+
+def philox(key: int, count: int) -> list[int]:
+    """Philox 4x64-10 of Salmon et al. 2011, section 3.2, from counter 1 on."""
+    words: list[int] = []
+    for block in range(1, -(-count // 4) + 1):
+        x0, x1, x2, x3 = block, 0, 0, 0
+        k0, k1 = key & WORD, key >> 64
+        for _ in range(10):
+            a, b = 0xD2E7470EE14C6C93 * x0, 0xCA5A826395121157 * x2
+            x0, x1, x2, x3 = (b >> 64) ^ x1 ^ k0, b & WORD, (a >> 64) ^ x3 ^ k1, a & WORD
+            k0, k1 = (k0 + 0x9E3779B97F4A7C15) & WORD, (k1 + 0xBB67AE8584CAA73B) & WORD
+        words += [x0, x1, x2, x3]
+    return words[:count]
+
+
+def key(seed: int, name: str, step: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}\0{step}".encode(), digest_size=16).digest(), "little")
+
+
+def golden_lines(hash_seed: str) -> list[str]:
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, "-c", GOLDEN], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "1234"])
+def test_draws_are_the_same_in_every_process(hash_seed: str) -> None:
+    """Property 18: identical across processes and PYTHONHASHSEED; a change of any stream is noticed here."""
+    lines = golden_lines(hash_seed)
+    assert "".join(lines[:4]) == PRINTED
+    assert lines[4:] == ["[0, 4, 7, 12, 16, 19, 20, 27]\n", "[2, 7, 8, 9, 10, 11, 15]\n"]
+
+
+@given(st.integers(0, 2**40), st.text(max_size=12), st.integers(0, 10**9), st.integers(1, 40))
+def test_words_are_those_of_the_published_generator(seed: int, name: str, step: int, count: int) -> None:
+    words = philox(key(seed, name, step), count)
+    assert Stream(seed, name, step).integers(97, count).tolist() == [w % 97 for w in words]
+    assert Stream(seed, name, step).uniform(count).tolist() == [(w >> 11) / 2**53 for w in words]
+
+
+def test_seed_name_and_step_each_make_another_stream() -> None:
+    """Property 18: two seeds give different draws."""
+    keys = [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a1", 1), (0, "a", 11)]
+    draws = [tuple(Stream(*k).integers(2**62, 2).tolist()) for k in keys]
+    assert len(set(draws)) == len(keys)
+
+
+@given(st.integers(0, 300), st.floats(0, 1), st.integers(0, 99))
+def test_a_subset_has_exactly_count_ascending_members(total: int, fraction: float, seed: int) -> None:
+    """Property 18: exact counts."""
+    count = round(fraction * total)
+    chosen = Stream(seed, "w", 0).subset(total, count)
+    assert chosen.dtype == np.int64
+    assert chosen.size == count
+    assert (np.diff(chosen) > 0).all()
+    assert count == 0 or (chosen[0] >= 0 and chosen[-1] < total)
+
+
+@pytest.mark.parametrize(("total", "count"), [(6, 2), (6, 3), (6, 4)])
+def test_every_subset_is_equally_likely(total: int, count: int) -> None:
+    """Property 18: uniform by chi-square, below, at and above half of the positions."""
+    subsets = list(combinations(range(total), count))
+    seen = dict.fromkeys(subsets, 0)
+    draws = 150 * len(subsets)
+    for seed in range(draws):
+        seen[tuple(Stream(seed, "w", 0).subset(total, count).tolist())] += 1
+    chi_square = sum((n - 150) ** 2 / 150 for n in seen.values())
+    freedom = len(subsets) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_a_small_subset_of_a_huge_range_lists_nothing() -> None:
+    chosen = Stream(0, "w", 0).subset(2**60, 1000)
+    assert chosen.size == 1000
+    assert chosen[-1] > 2**59
+
+
+def test_successive_draws_of_one_stream_differ() -> None:
+    stream = Stream(0, "w", 0)
+    assert stream.integers(2**62, 3).tolist() != stream.integers(2**62, 3).tolist()
+
+
+@pytest.mark.parametrize("count", [-1, 11])
+def test_an_impossible_subset_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"a subset of 10 members cannot have {count}: ask for 0 to 10"):
+        Stream(0, "w", 0).subset(10, count)
