@@ -72,9 +72,7 @@ def mobilenet_v1(width: float = 1.0, *, classes: int = 1000, bias: bool = False)
     def unit(conv: nn.Conv2d) -> nn.Sequential:
         return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(conv.out_channels), relu=nn.ReLU6()))
 
-    parts: OrderedDict[str, nn.Module] = OrderedDict(
-        stem=unit(nn.Conv2d(3, channels[0], 3, 2, padding=1, bias=bias))
-    )
+    parts: OrderedDict[str, nn.Module] = OrderedDict(stem=unit(nn.Conv2d(3, channels[0], 3, 2, padding=1, bias=bias)))
     for index, (n_in, n_out) in enumerate(pairwise(channels), start=1):
         stride = 2 if index in reducing else 1
         depthwise = nn.Conv2d(n_in, n_in, 3, stride, padding=1, groups=n_in, bias=bias)

@@ -37,8 +37,12 @@ METHODS: dict[str, Callable[[], Method]] = {
     "gmp-global": lambda: methods.gmp(DENSITY, until=UNTIL, interval=7, allocate=globally, timing="instead"),
     "rigl": lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL),
     "rigl-after": lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL, timing="after"),
-    "rigl-reset": lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL, anneal=constant, regrow_dropped="reset"),
-    "rigl-forbid": lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL, anneal=linear, regrow_dropped="forbid"),
+    "rigl-reset": lambda: methods.rigl(
+        DENSITY, until=UNTIL, interval=INTERVAL, anneal=constant, regrow_dropped="reset"
+    ),
+    "rigl-forbid": lambda: methods.rigl(
+        DENSITY, until=UNTIL, interval=INTERVAL, anneal=linear, regrow_dropped="forbid"
+    ),
 }
 
 CONSERVING = [name for name in METHODS if name.partition("-")[0] in ("static", "set", "snfs", "rigl")]

@@ -1,7 +1,7 @@
 """Sparse training: networks most of whose connections do not exist, during training as well as after it."""
 
-from regrow import metrics as metrics
 from regrow import methods as methods
+from regrow import metrics as metrics
 from regrow.files import load as load
 from regrow.files import save as save
 from regrow.sparsifier import Sparsifier as Sparsifier

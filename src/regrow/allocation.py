@@ -43,7 +43,9 @@ def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"share number {place} of {len(shares)} is {value}: shares must be finite and at least 0")
     if not 0 <= total <= sum(capacity):
-        raise ValueError(f"{len(capacity)} weights hold at most {sum(capacity):,} entries, so {total:,} cannot be placed")
+        raise ValueError(
+            f"{len(capacity)} weights hold at most {sum(capacity):,} entries, so {total:,} cannot be placed"
+        )
     exact = _fill(list(shares), total, capacity)
     counts = [min(c, math.floor(x + 1e-9)) for x, c in zip(exact, capacity, strict=True)]
     order = sorted(range(len(counts)), key=lambda i: (counts[i] - exact[i], -shares[i], -capacity[i]))
@@ -108,7 +110,10 @@ def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: i
         raise ValueError("globally ranks scores, and a random start has none: allocate by uniform, er or erk")
     for weight, score in zip(weights, scores, strict=True):
         if bool(score.isnan().any()):
-            raise ValueError(f"{weight.name}: {int(score.isnan().sum()):,} of {score.numel():,} scores are NaN: training has diverged")
+            raise ValueError(
+                f"{weight.name}: {int(score.isnan().sum()):,} of {score.numel():,} scores are NaN: training "
+                "has diverged"
+            )
     pooled = torch.cat([s.to(scores[0].device) for s in scores])
     chosen = selection.highest(pooled, _given(total))
     ends = torch.tensor([s.numel() for s in scores]).cumsum(0)
@@ -125,9 +130,15 @@ def at_least(minimum: int, allocate: Allocation) -> Allocation:
             rest = [i for i in range(len(weights)) if i not in held]
             left = _given(total) - sum(held.values())
             if left < 0:
-                raise ValueError(f"at_least({minimum}): {_given(total):,} entries are too few for {len(weights)} weights")
+                raise ValueError(
+                    f"at_least({minimum}): {_given(total):,} entries are too few for {len(weights)} weights"
+                )
             counts = allocate([weights[i] for i in rest], scores and [scores[i] for i in rest], left) if rest else []
-            short = {i: floor for i, n in zip(rest, counts, strict=True) if n < (floor := min(minimum, weights[i].topology.nnz))}
+            short = {
+                i: floor
+                for i, n in zip(rest, counts, strict=True)
+                if n < (floor := min(minimum, weights[i].topology.nnz))
+            }
             if not short:
                 given = {**held, **dict(zip(rest, counts, strict=True))}
                 return [given[i] for i in range(len(weights))]
@@ -149,7 +160,8 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
             the given densities exceed (or, where they cover every weight, contradict).
 
     Example:
-        >>> counts(explicit({"fc1": 0.02, "fc3": 1.0}, rest=uniform), {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}, 0.05)
+        >>> shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
+        >>> counts(explicit({"fc1": 0.02, "fc3": 1.0}, rest=uniform), shapes, 0.05)
         {'fc1': 4704, 'fc2': 7606, 'fc3': 1000}
     """
     for pattern, density in densities.items():
@@ -162,9 +174,14 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
         others = [i for i in range(len(weights)) if i not in given]
         held = sum(given.values())
         if others and rest is None:
-            raise ValueError(f"explicit: no density for {', '.join(weights[i].name for i in others)}: add globs, or rest=")
+            raise ValueError(
+                f"explicit: no density for {', '.join(weights[i].name for i in others)}: add globs, or rest="
+            )
         if total is not None and (held > total or (not others and total - held > len(weights))):
-            raise ValueError(f"explicit: the given densities make {held:,} active entries, the density asks for {total:,}: change one, or leave the density out (None)")
+            raise ValueError(
+                f"explicit: the given densities make {held:,} active entries, the density asks for {total:,}: "
+                "change one, or leave the density out (None)"
+            )
         if others and rest is not None:
             chosen = rest([weights[i] for i in others], scores and [scores[i] for i in others], _given(total) - held)
             given |= dict(zip(others, chosen, strict=True))

@@ -58,7 +58,9 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def find(model: nn.Module, skip: Selector | Sequence[Selector] = (), only: Selector | Sequence[Selector] | None = None) -> tuple[list[Found], list[Excluded]]:
+def find(
+    model: nn.Module, skip: Selector | Sequence[Selector] = (), only: Selector | Sequence[Selector] | None = None
+) -> tuple[list[Found], list[Excluded]]:
     """The parameters of `model` to sparsify, in module order, and those left out.
 
     Raises:
@@ -80,7 +82,10 @@ def find(model: nn.Module, skip: Selector | Sequence[Selector] = (), only: Selec
             shared = reason.startswith("shared")
             excluded.append(Excluded(c.name, tuple(c.parameter.shape), c.parameter.numel(), reason, not shared))
     if not found:
-        why = "; ".join(f"{e.name}: {e.reason}" for e in excluded) or "it has no Linear, Conv, recurrent or attention weight"
+        why = (
+            "; ".join(f"{e.name}: {e.reason}" for e in excluded)
+            or "it has no Linear, Conv, recurrent or attention weight"
+        )
         raise ValueError(f"nothing to sparsify in {type(model).__name__}: {why}")
     return found, excluded
 

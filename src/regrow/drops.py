@@ -20,7 +20,10 @@ def lowest(score: Score) -> Drop:
 
     def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
         kept = [w.topology.nnz - share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True)]
-        return [w.topology.keep(score(w), n) if n < w.topology.nnz else w.topology for w, n in zip(weights, kept, strict=True)]
+        return [
+            w.topology.keep(score(w), n) if n < w.topology.nnz else w.topology
+            for w, n in zip(weights, kept, strict=True)
+        ]
 
     return drop
 

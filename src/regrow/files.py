@@ -57,7 +57,13 @@ def save(sparsifier: Sparsifier, path: str | Path) -> None:
     for name in first:
         if state[name].data_ptr() not in sparse or state[name].numel() == 0:
             tensors[f"tensor:{name}"] = state[name].detach().cpu().contiguous().clone()
-    meta = {"format": FORMAT, "method": sparsifier.method.name, "step": sparsifier.step, "weights": weights, "aliases": aliases}
+    meta = {
+        "format": FORMAT,
+        "method": sparsifier.method.name,
+        "step": sparsifier.step,
+        "weights": weights,
+        "aliases": aliases,
+    }
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, {"regrow": json.dumps(meta)})
 
@@ -75,7 +81,10 @@ def load(path: str | Path, model: nn.Module) -> dict[str, Topology]:
     meta, tensors = _read(path)
     own = _canonical_state(model)
     try:
-        topologies = {name: _topology(w, tensors[f"positions:{name}"], tensors[f"values:{name}"]) for name, w in meta["weights"].items()}
+        topologies = {
+            name: _topology(w, tensors[f"positions:{name}"], tensors[f"values:{name}"])
+            for name, w in meta["weights"].items()
+        }
         parts: dict[str, list[Tensor]] = {}
         for name, weight in meta["weights"].items():
             parts.setdefault(str(weight["parameter"]), []).append(_dense(topologies[name], tensors[f"values:{name}"]))
@@ -83,7 +92,9 @@ def load(path: str | Path, model: nn.Module) -> dict[str, Topology]:
         full |= {key.removeprefix("tensor:"): t for key, t in tensors.items() if key.startswith("tensor:")}
         full |= {alias: full[name] for alias, name in meta["aliases"].items()}
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: its metadata and tensors disagree ({_line(error)}); save it anew") from None
+        raise ValueError(
+            f"{path} is damaged: its metadata and tensors disagree ({_line(error)}); save it anew"
+        ) from None
     _require_same(path, full, own)
     with torch.no_grad():
         for name, tensor in full.items():
@@ -113,9 +124,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("regrow")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file of {path.stat().st_size:,} bytes ({_line(error)}): copy or save it anew") from None
+        raise ValueError(
+            f"{path} is no whole safetensors file of {path.stat().st_size:,} bytes ({_line(error)}): copy or "
+            "save it anew"
+        ) from None
     if text is None:
         raise ValueError(f"{path} is a safetensors file, but not one that regrow.save wrote: load it with safetensors")
     try:
@@ -124,7 +138,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} has damaged metadata: save it anew") from None
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, this regrow reads format {FORMAT}: use the version that wrote it")
+        raise ValueError(
+            f"{path} has format {version}, this regrow reads format {FORMAT}: use the version that wrote it"
+        )
     return meta, tensors
 
 
@@ -144,12 +160,16 @@ def _require_same(path: Path, full: Mapping[str, Tensor], own: Mapping[str, Tens
     missing, strange = sorted(set(own) - set(full)), sorted(set(full) - set(own))
     if missing or strange:
         raise ValueError(
-            f"{path} is of another model: it lacks {len(missing)} of the model's tensors ({', '.join(missing[:3]) or 'none'}) "
+            f"{path} is of another model: it lacks {len(missing)} of the model's tensors "
+            f"({', '.join(missing[:3]) or 'none'}) "
             f"and has {len(strange)} that the model lacks ({', '.join(strange[:3]) or 'none'})"
         )
     for name, tensor in full.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}")
+            raise ValueError(
+                f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, the model's "
+                f"{tuple(own[name].shape)}"
+            )
 
 
 def _line(error: BaseException) -> str:

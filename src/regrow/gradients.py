@@ -14,7 +14,9 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @contextmanager
-def mean_gradient(model: nn.Module, parameters: Sequence[nn.Parameter], batches: Iterable[Any], loss: Loss) -> Iterator[None]:
+def mean_gradient(
+    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Iterable[Any], loss: Loss
+) -> Iterator[None]:
     """Within the context `grad` of `parameters` is the mean over `batches` of the gradient of `loss`.
 
     Afterwards all gradients, all buffers (running statistics of batch norm) and the random state are as before.

@@ -57,7 +57,10 @@ def highest(field: Field) -> Growth:
             score = values.abs() if values.dtype == torch.float64 else values.abs().float()
             if not bool(score.isfinite().all()):
                 bad = int((~score.isfinite()).sum())
-                raise ValueError(f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the learning rate, or skip such steps with a gradient scaler")
+                raise ValueError(
+                    f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the "
+                    "learning rate, or skip such steps with a gradient scaler"
+                )
             score = _outside(score, first, taken)
             at, found = _candidates(score, count, best)
             positions = torch.cat([positions.to(at.device), at + first])
@@ -73,7 +76,9 @@ def highest(field: Field) -> Growth:
 
 def _outside(score: Tensor, first: int, taken: Topology) -> Tensor:
     """`score` with -1 at taken positions: below any absolute value."""
-    low, high = torch.searchsorted(taken.indices, torch.tensor([first, first + score.numel()], device=taken.indices.device)).tolist()
+    low, high = torch.searchsorted(
+        taken.indices, torch.tensor([first, first + score.numel()], device=taken.indices.device)
+    ).tolist()
     score = score.clone() if score.numel() else score
     score[(taken.indices[low:high] - first).to(score.device)] = -1.0
     return score

@@ -30,7 +30,9 @@ def highest(score: Tensor, count: int) -> Tensor:
     if score.dtype in (torch.float16, torch.bfloat16):
         score = score.float()
     if score.is_floating_point() and bool(score.isnan().any()):
-        raise ValueError(f"{int(score.isnan().sum()):,} of {n:,} scores are NaN: training has diverged before this update")
+        raise ValueError(
+            f"{int(score.isnan().sum()):,} of {n:,} scores are NaN: training has diverged before this update"
+        )
     if count in (0, n):
         return torch.arange(count, device=score.device)
     threshold = kth_largest(score, count)

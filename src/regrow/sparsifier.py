@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from regrow.discovery import Excluded, Found, Selector, find
+from regrow.discovery import Excluded, Selector, find
 from regrow.gradients import Loss, mean_gradient
 from regrow.method import Method, Need
 from regrow.observers import mark_explored
+from regrow.optimizers import gradient_scale, has_closure, holder_of, skips_step, stranger
 from regrow.storage.masked import MaskedParameter
 from regrow.streams import Stream
 from regrow.table import table
@@ -77,9 +78,11 @@ def sparsify(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     found, excluded = find(model, skip, only)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
-    owners = [_optimizer_of(f, optimizers) for f in found]
+    owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
     with torch.no_grad():
-        parameters = [MaskedParameter(f.parameter, o, f.names, f.out_axis, f.in_axis) for f, o in zip(found, owners, strict=True)]
+        parameters = [
+            MaskedParameter(f.parameter, o, f.names, f.out_axis, f.in_axis) for f, o in zip(found, owners, strict=True)
+        ]
         sparsifier = Sparsifier(model, optimizers, method, parameters, excluded, outside, seed)
         try:
             sparsifier._begin(batches, loss)
@@ -87,16 +90,6 @@ def sparsify(
             sparsifier.remove()
             raise
     return sparsifier
-
-
-def _optimizer_of(found: Found, optimizers: list[Optimizer]) -> Optimizer:
-    holders = [o for o in optimizers if any(p is found.parameter for g in o.param_groups for p in g["params"])]
-    if len(holders) != 1:
-        raise ValueError(
-            f"{found.name} is in {len(holders)} of the {len(optimizers)} optimizers given, and must be in exactly 1: "
-            "add it to one, or name it in skip="
-        )
-    return holders[0]
 
 
 class Sparsifier:
@@ -213,11 +206,11 @@ class Sparsifier:
         self._changed()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _skips(optimizer):
+        if skips_step(optimizer):
             return
         with torch.no_grad():
             if not self._stepped or id(optimizer) in self._stepped:
-                self._open_step(_has_closure(optimizer, args, kwargs))
+                self._open_step(has_closure(optimizer, args, kwargs))
             self._stepped.add(id(optimizer))
         self._inside += 1
 
@@ -230,11 +223,16 @@ class Sparsifier:
         self._draw_for(step)
         instead = not self.started or (self.method.timing == "instead" and self.method.due(step))
         if has_closure and instead:
-            way_out = 'pass timing="after" to the method' if self.started else "give batches= and loss= to regrow.sparsify"
-            raise ValueError(f"{self.method.name} takes the place of optimizer step {step}, which a step with a closure does not allow: {way_out}")
+            way_out = (
+                'pass timing="after" to the method' if self.started else "give batches= and loss= to regrow.sparsify"
+            )
+            raise ValueError(
+                f"{self.method.name} takes the place of optimizer step {step}, which a step with a closure does not "
+                f"allow: {way_out}"
+            )
         for parameter in self._parameters:
             parameter.project_if_changed()
-            parameter.use_scale(_scale(parameter.optimizer))
+            parameter.use_scale(gradient_scale(parameter.optimizer))
         self._late = has_closure
         if has_closure:
             # The gradients of this step come from inside the optimizer: they are read when it has stepped.
@@ -302,7 +300,7 @@ class Sparsifier:
                         parameter.grad = None
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _skips(optimizer):
+        if skips_step(optimizer):
             return
         self._inside -= 1
         with torch.no_grad():
@@ -327,7 +325,11 @@ class Sparsifier:
     def _prepare_next(self) -> None:
         """Decide whether the backward passes of the coming step keep gradients at inactive positions."""
         needs = self.method.needs
-        keep = not self.started or Need.EVERY_GRADIENT in needs or (Need.GRADIENT in needs and self.method.due(self.step + 1))
+        keep = (
+            not self.started
+            or Need.EVERY_GRADIENT in needs
+            or (Need.GRADIENT in needs and self.method.due(self.step + 1))
+        )
         for parameter in self._parameters:
             parameter.keep_dense = keep
 
@@ -361,13 +363,18 @@ class Sparsifier:
         shapes = {w.name: w.shape for w in self.weights}
         strange = sorted((set(state["topologies"]) | set(state["state"])) - set(shapes))
         if strange:
-            raise ValueError(f"this sparsifier state is of another model: it has {', '.join(strange)}, the model has {', '.join(shapes)}")
+            raise ValueError(
+                f"this sparsifier state is of another model: it has {', '.join(strange)}, "
+                f"the model has {', '.join(shapes)}"
+            )
         topologies = {name: Topology(shape, state["topologies"].get(name)) for name, shape in shapes.items()}
         with torch.no_grad():
             for weight in (w for p in self._parameters for w in p.weights):
                 weight.restore(topologies[weight.name])
                 device = weight.owner.parameter.device
-                weight.state = {key: value.clone().to(device) for key, value in state["state"].get(weight.name, {}).items()}
+                weight.state = {
+                    key: value.clone().to(device) for key, value in state["state"].get(weight.name, {}).items()
+                }
             for parameter in self._parameters:
                 parameter.release()
                 parameter.project()
@@ -393,21 +400,6 @@ def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _has_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(callable(a) and a is not optimizer for a in (*args, kwargs.get("closure")))
-
-
-def _skips(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer is about to skip this step inside, because a gradient scaler found an overflow."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
-
-
-def _scale(optimizer: Optimizer) -> float:
-    scale = getattr(optimizer, "grad_scale", None)
-    return 1.0 if scale is None else float(scale)
-
-
 def _watch_for_strangers(sparsifier: Sparsifier) -> Any:
     """Refuse a step by an optimizer that holds sparsified weights without our hooks, as a copied one does."""
     watched = weakref.ref(sparsifier)
@@ -416,13 +408,9 @@ def _watch_for_strangers(sparsifier: Sparsifier) -> Any:
         owner = watched()
         if owner is None or owner._inside or any(optimizer is o for o in owner.optimizers):
             return
-        ours = {id(p.parameter): p for p in owner._parameters}
-        taken = [ours[id(p)].weights[0].name for g in optimizer.param_groups for p in g["params"] if id(p) in ours]
-        if taken:
-            raise RuntimeError(
-                f"a {type(optimizer).__name__} without regrow's hooks is stepping {len(taken)} sparsified weights ({taken[0]}, ...): "
-                "it was copied or made after regrow.sparsify; pass it there, or call sparsifier.remove() first"
-            )
+        fault = stranger(optimizer, {id(p.parameter): p.weights[0].name for p in owner._parameters})
+        if fault is not None:
+            raise RuntimeError(fault)
 
     handle = register_optimizer_step_pre_hook(check)
     weakref.finalize(sparsifier, handle.remove)

@@ -18,9 +18,9 @@ class Stream:
 
     Example:
         >>> Stream(0, "fc.weight", 100).subset(10, 3).tolist()
-        [5, 6, 9]
+        [0, 5, 9]
         >>> Stream(0, "fc.weight", 100).subset(10, 3).tolist()
-        [5, 6, 9]
+        [0, 5, 9]
     """
 
     def __init__(self, seed: int, name: str, step: int) -> None:

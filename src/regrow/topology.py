@@ -42,7 +42,9 @@ class Topology:
         if at.numel() == 0:
             return
         if not (0 <= int(at[0]) and int(at[-1]) < self.numel and bool((at.diff() > 0).all())):
-            raise ValueError(f"positions in a weight of shape {self.shape} must ascend strictly within [0, {self.numel:,})")
+            raise ValueError(
+                f"positions in a weight of shape {self.shape} must ascend strictly within [0, {self.numel:,})"
+            )
 
     @property
     def numel(self) -> int:

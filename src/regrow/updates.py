@@ -56,7 +56,10 @@ def drop_and_grow(
         live = [w for w in weights if w.has_grad]
         free = [_room(w, w.topology) for w in live]
         share = fraction(step)
-        shares = [min(share, n / w.topology.nnz) if regrow_dropped == "forbid" and w.topology.nnz else share for w, n in zip(live, free, strict=True)]
+        shares = [
+            min(share, n / w.topology.nnz) if regrow_dropped == "forbid" and w.topology.nnz else share
+            for w, n in zip(live, free, strict=True)
+        ]
         kept = drop(live, shares)
         if regrow_dropped == "forbid":
             kept = [_within(w, k, n) for w, k, n in zip(live, kept, free, strict=True)]
@@ -70,7 +73,9 @@ def drop_and_grow(
     return (Rule(apply),)
 
 
-def _grown(live: Sequence[SparseWeight], kept: Sequence[Topology], taken: Sequence[Topology], redistribute: Statistic | None) -> list[int]:
+def _grown(
+    live: Sequence[SparseWeight], kept: Sequence[Topology], taken: Sequence[Topology], redistribute: Statistic | None
+) -> list[int]:
     dropped = [w.topology.nnz - k.nnz for w, k in zip(live, kept, strict=True)]
     if redistribute is None:
         return dropped
@@ -130,9 +135,15 @@ def every(interval: int, update: Update, *, until: int, begin: int | None = None
     """
     first = begin or interval
     if interval < 1 or first < 1:
-        raise ValueError(f"updates must be at least 1 step apart and begin at step 1 or later, got interval {interval}, begin {begin}")
+        raise ValueError(
+            f"updates must be at least 1 step apart and begin at step 1 or later, got interval {interval}, "
+            f"begin {begin}"
+        )
     if until <= first:
-        raise ValueError(f"no update would ever happen: the first is due at step {first}, and until is {until}: raise until or lower the interval")
+        raise ValueError(
+            f"no update would ever happen: the first is due at step {first}, and until is {until}: raise "
+            "until or lower the interval"
+        )
     return tuple(_gated(rule, interval, first, until) for rule in update)
 
 

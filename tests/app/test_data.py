@@ -25,10 +25,7 @@ COLOUR = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
 
 
 def idx(array: np.ndarray) -> bytes:
-    return (
-        struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-        + array.astype(np.uint8).tobytes()
-    )
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
 
 
 def write_idx(folder: Path, mark: str = "-", end: str = "") -> dict[str, Path]:
@@ -58,9 +55,7 @@ def table(
     )
 
 
-def write_parquet(
-    path: Path, images: np.ndarray = COLOUR, labels: np.ndarray = TRAIN_Y, **names: str
-) -> Path:
+def write_parquet(path: Path, images: np.ndarray = COLOUR, labels: np.ndarray = TRAIN_Y, **names: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     pq.write_table(table([png(image) for image in images], labels.tolist(), **names), path)
     return path
@@ -175,9 +170,7 @@ def test_two_formats_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert "both IDX and parquet" in refused(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("image", "label"), [("img", "label"), ("image", "fine_label"), ("picture", "labels")]
-)
+@pytest.mark.parametrize(("image", "label"), [("img", "label"), ("image", "fine_label"), ("picture", "labels")])
 @pytest.mark.parametrize("test", ["test.parquet", "validation-00000-of-00001.parquet"])
 def test_parquet_is_read_under_every_column_name(tmp_path: Path, image: str, label: str, test: str) -> None:
     write_parquet(tmp_path / "train.parquet", image=image, label=label)
@@ -204,9 +197,7 @@ def test_grayscale_and_sharded_parquet_in_order(tmp_path: Path) -> None:
         load("own", tmp_path)
 
 
-def test_many_images_keep_their_order_through_the_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_images_keep_their_order_through_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_CHUNK", 2)
     many = RNG.integers(0, 256, (75, 5, 4), dtype=np.uint8)
     write_parquet(tmp_path / "train.parquet", many, np.arange(75) % 3)
@@ -263,9 +254,7 @@ def test_names_without_a_folder_say_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(DataError, match="pass --data-dir, or install `datasets`"):
         load("cifar10", None)
-    with pytest.raises(
-        DataError, match="no data set 'imagenet': choose digits, mnist, fashion-mnist, cifar10"
-    ):
+    with pytest.raises(DataError, match="no data set 'imagenet': choose digits, mnist, fashion-mnist, cifar10"):
         load("imagenet", None)
 
 
@@ -284,20 +273,25 @@ class FakeSplit:
 
 def test_the_hub_is_asked_where_datasets_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     images = RNG.integers(0, 256, (12, 28, 28), dtype=np.uint8)
-    rows = FakeSplit(table([png(image) for image in images], [i % 3 for i in range(12)], image="image"))
+    blobs, labels = [png(image) for image in images], [i % 3 for i in range(12)]
+    splits = {
+        "train": FakeSplit(table(blobs[:8], labels[:8], image="image")),
+        "test": FakeSplit(table(blobs[8:], labels[8:], image="image")),
+    }
     asked = []
 
     def load_dataset(name: str) -> dict[str, FakeSplit]:
         asked.append(name)
         if name.startswith("zalando"):
             raise RuntimeError("no\nnetwork.")
-        return {"train": rows, "test": rows}
+        return splits
 
     fake = types.SimpleNamespace(load_dataset=load_dataset, __spec__=object())
     monkeypatch.setitem(sys.modules, "datasets", fake)
     got = load("mnist", None)
     assert asked == ["ylecun/mnist"] and (got.name, got.classes) == ("mnist", 10)
-    np.testing.assert_array_equal(got.test_x.numpy(), images[:, None])
+    np.testing.assert_array_equal(got.train_x.numpy(), images[:8, None])
+    np.testing.assert_array_equal(got.test_x.numpy(), images[8:, None])
     with pytest.raises(DataError, match=r"did not load from the hub \(no network\): pass --data-dir"):
         load("fashion-mnist", None)
 
@@ -334,9 +328,7 @@ def test_batches_are_a_pure_function_of_seed_and_epoch() -> None:
     torch.manual_seed(1)
     assert [b.tolist() for b in batches(10, 5, seed=3, epoch=7)] == first
     assert first == [[9, 5, 3, 2, 1], [0, 6, 8, 7, 4]]
-    others = [
-        torch.cat(list(batches(100, 5, seed, epoch))).tolist() for seed in range(4) for epoch in range(4)
-    ]
+    others = [torch.cat(list(batches(100, 5, seed, epoch))).tolist() for seed in range(4) for epoch in range(4)]
     assert len({tuple(order) for order in others}) == 16
 
 
@@ -358,9 +350,7 @@ def test_batches_refuse_at_the_call(bad: tuple[int, int, int, int]) -> None:
 def crops(image: torch.Tensor, pad: int) -> list[torch.Tensor]:
     padded = torch.nn.functional.pad(image, (pad,) * 4)
     _, h, w = image.shape
-    return [
-        padded[:, top : top + h, left : left + w] for top in range(2 * pad + 1) for left in range(2 * pad + 1)
-    ]
+    return [padded[:, top : top + h, left : left + w] for top in range(2 * pad + 1) for left in range(2 * pad + 1)]
 
 
 @pytest.mark.parametrize(("pad", "flip"), [(2, True), (2, False), (0, True)])

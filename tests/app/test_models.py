@@ -42,8 +42,7 @@ def test_wide_resnet_is_22_deep_and_2_wide() -> None:
     assert len(convs) == 19
     assert shapes["stem.weight"] == (16, 3, 3, 3) and shapes["fc.weight"] == (10, 128)
     assert shortcuts == {
-        f"body.group{g}_block1.shortcut.weight": (2 ** (4 + g), 2 ** (4 + max(0, g - 1)), 1, 1)
-        for g in (1, 2, 3)
+        f"body.group{g}_block1.shortcut.weight": (2 ** (4 + g), 2 ** (4 + max(0, g - 1)), 1, 1) for g in (1, 2, 3)
     }
     assert sum(p.numel() for p in build("wrn-22-2", (3, 32, 32), 10).parameters()) == 1_079_642
 
@@ -103,9 +102,7 @@ def test_a_seed_fixes_the_values_and_leaves_the_global_state(name: str) -> None:
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
     second, other = (build(name, (1, 8, 8), 10, seed=seed) for seed in (3, 4))
-    pairs = [
-        (a, b, c) for a, b, c in zip(first.parameters(), second.parameters(), other.parameters(), strict=True)
-    ]
+    pairs = [(a, b, c) for a, b, c in zip(first.parameters(), second.parameters(), other.parameters(), strict=True)]
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not all(torch.equal(a, c) for a, _, c in pairs)
 
@@ -132,10 +129,7 @@ def test_initialisation_is_he() -> None:
 def test_the_layer_that_reads_pixels() -> None:
     assert vision_input_layer(build("lenet-300-100", (1, 8, 8), 10)) == "fc1"
     assert vision_input_layer(build("wrn-22-2", (3, 8, 8), 10)) is None
-    assert (
-        vision_input_layer(nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), nn.Linear(2, 2)))
-        == "0.1"
-    )
+    assert vision_input_layer(nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), nn.Linear(2, 2))) == "0.1"
     assert vision_input_layer(nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))) is None
     assert vision_input_layer(nn.Linear(4, 2)) == ""
     assert vision_input_layer(nn.ReLU()) is None

@@ -52,9 +52,7 @@ def test_training_curves_draw_every_record() -> None:
 
 
 def test_training_curves_leave_out_what_records_lack() -> None:
-    figure = pictures.training_curves_figure(
-        [{"step": 0, "loss": 1.0}, {"step": 5, "loss": 0.5, "density": 0.1}]
-    )
+    figure = pictures.training_curves_figure([{"step": 0, "loss": 1.0}, {"step": 5, "loss": 0.5, "density": 0.1}])
     drawn = {line.get_label(): line.get_ydata() for axes in figure.axes for line in axes.lines}
     assert set(drawn) == {"loss", "density"}
     np.testing.assert_array_equal(drawn["density"], [np.nan, 0.1])
@@ -98,9 +96,7 @@ def test_connection_maps_draw_the_counts_on_one_scale() -> None:
     steps, counts = [0, 100, 200, 300, 400, 500, 1600], maps(7)
     figure = pictures.connection_maps_figure(steps, counts, "a title")
     images = [axes.images[0] for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in figure.axes[:5]] == [f"step {s}" for s in (0, 100, 400, 500)] + [
-        "step 1,600"
-    ]
+    assert [axes.get_title() for axes in figure.axes[:5]] == [f"step {s}" for s in (0, 100, 400, 500)] + ["step 1,600"]
     for image, moment in zip(images, (0, 1, 4, 5, 6), strict=True):
         np.testing.assert_array_equal(image.get_array(), counts[moment])
         assert image.get_clim() == (0, counts[[0, 1, 4, 5, 6]].max())
@@ -112,9 +108,7 @@ def test_connection_maps_draw_the_border_at_every_moment() -> None:
     curve = pictures.connection_maps_figure(steps, counts, "").axes[-1]
     drawn = curve.lines[1].get_xydata()
     np.testing.assert_allclose(drawn, np.stack((steps, pictures.border_ratio(counts)), axis=1))
-    assert [text.get_text() for text in curve.texts] == [
-        f"{ratio:.2f}" for ratio in pictures.border_ratio(counts)
-    ]
+    assert [text.get_text() for text in curve.texts] == [f"{ratio:.2f}" for ratio in pictures.border_ratio(counts)]
 
 
 def test_connection_maps_need_one_ascending_step_per_map() -> None:
@@ -140,9 +134,7 @@ def test_border_ratio_without_a_centre_is_infinite_and_still_drawn(tmp_path: Pat
     assert size(pictures.connection_maps([0, 1], counts, tmp_path / "a.png", ""))[0] == 1600
 
 
-@pytest.mark.parametrize(
-    "counts", [np.ones((8, 8)), np.ones((0, 8, 8)), np.ones((1, 7, 8)), -np.ones((1, 8, 8))]
-)
+@pytest.mark.parametrize("counts", [np.ones((8, 8)), np.ones((0, 8, 8)), np.ones((1, 7, 8)), -np.ones((1, 8, 8))])
 def test_border_ratio_refuses(counts: np.ndarray) -> None:
     with pytest.raises(ValueError, match="connection maps"):
         pictures.border_ratio(counts)

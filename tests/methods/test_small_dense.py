@@ -45,9 +45,7 @@ def test_resnet50_widths_are_the_papers(density: float, printed: float) -> None:
 
 
 @pytest.mark.parametrize(("density", "printed"), [(0.25, 0.47), (0.15, 0.353), (0.1, 0.285), (0.05, 0.204)])
-def test_mobilenet_widths_are_the_papers_with_depthwise_layers_sparse_too(
-    density: float, printed: float
-) -> None:
+def test_mobilenet_widths_are_the_papers_with_depthwise_layers_sparse_too(density: float, printed: float) -> None:
     build = partial(mobilenet_v1, bias=True)
     bits = sparse_bits(build, density, dense_stem=False)
     width = small_dense(build, bits)
@@ -110,9 +108,7 @@ def test_weights_and_biases_count_and_norms_and_embeddings_do_not() -> None:
         tied = nn.Linear(n, n)
         counted = [nn.GRU(n, n), nn.LSTMCell(n, n), nn.MultiheadAttention(n, 1), Conv1D(n, n)]
         convs = [nn.Conv1d(n, n, 3), nn.ConvTranspose2d(n, n, 2)]
-        return nn.ModuleList(
-            [*counted, *convs, tied, tied, nn.Embedding(999, n), nn.LayerNorm(n), nn.BatchNorm1d(n)]
-        )
+        return nn.ModuleList([*counted, *convs, tied, tied, nn.Embedding(999, n), nn.LayerNorm(n), nn.BatchNorm1d(n)])
 
     def bits(n: int) -> int:
         gru, cell, attention = 6 * n * n + 6 * n, 8 * n * n + 8 * n, 4 * n * n + 4 * n

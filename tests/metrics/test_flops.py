@@ -120,9 +120,7 @@ def test_mobilenet_v1_has_the_printed_flops_and_the_proper_depthwise_count() -> 
 
 
 def test_quirks_leave_same_padding_and_unstrided_convolutions_alone() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Flatten()
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Flatten())
     x = torch.zeros(2, 3, 9, 9)
     assert flops(model, x, paper_quirks=True) == flops(model, x)
 
@@ -372,9 +370,7 @@ def test_training_cost_is_the_mean_over_a_simulated_run(interval: int) -> None:
     update = 2 * sparse + dense
     instead = [3 * sparse] * interval + [update]
     after = [3 * sparse] * (interval - 1) + [update]
-    assert training_flops(sparse, dense, gradient_interval=interval) == pytest.approx(
-        sum(instead) / len(instead)
-    )
+    assert training_flops(sparse, dense, gradient_interval=interval) == pytest.approx(sum(instead) / len(instead))
     mean = sum(after) / len(after)
     assert training_flops(sparse, dense, gradient_interval=interval, timing="after") == pytest.approx(mean)
     assert training_flops(dense, dense, gradient_interval=interval) == 3 * dense

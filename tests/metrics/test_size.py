@@ -48,19 +48,13 @@ def megabytes(shapes: Shapes, counts: list[int]) -> float:
 
 
 @pytest.mark.parametrize(("density", "printed"), [(0.2, 23.684), (0.1, 13.499), (0.05, 8.399)])
-def test_erk_sizes_of_resnet50_are_the_printed_ones(
-    resnet_shapes: Shapes, density: float, printed: float
-) -> None:
+def test_erk_sizes_of_resnet50_are_the_printed_ones(resnet_shapes: Shapes, density: float, printed: float) -> None:
     assert megabytes(resnet_shapes, erk_counts(resnet_shapes, density)) == printed
 
 
 # The README prints 23.685 for uniform at density 0.2, which its own rule does not give: that is 23.729.
-@pytest.mark.parametrize(
-    ("density", "printed"), [(0.2, 23.729), (0.1, 13.532), (0.05, 8.433), (0.035, 6.904)]
-)
-def test_uniform_sizes_of_resnet50_are_the_printed_ones(
-    resnet_shapes: Shapes, density: float, printed: float
-) -> None:
+@pytest.mark.parametrize(("density", "printed"), [(0.2, 23.729), (0.1, 13.532), (0.05, 8.433), (0.035, 6.904)])
+def test_uniform_sizes_of_resnet50_are_the_printed_ones(resnet_shapes: Shapes, density: float, printed: float) -> None:
     assert megabytes(resnet_shapes, uniform_counts(resnet_shapes, density)) == printed
 
 

@@ -49,24 +49,51 @@ def cli() -> None:
 def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The settings of data, model and training, the same for `train` and `compare`."""
     decorators = [
-        click.option("--data", default="digits", show_default=True, help="digits, mnist, fashion-mnist, cifar10, cifar100, or any name with --data-dir."),
+        click.option(
+            "--data",
+            default="digits",
+            show_default=True,
+            help="digits, mnist, fashion-mnist, cifar10, cifar100, or any name with --data-dir.",
+        ),
         click.option("--data-dir", type=click.Path(), help="Folder with IDX files or Hugging Face parquet files."),
         click.option("--model", type=click.Choice(list(MODELS)), help="Network; by default what suits the data."),
         click.option("--hidden", help="Hidden widths of the mlp, such as 512,256."),
         click.option("--skip", multiple=True, help="Name or glob of weights that stay dense (may be repeated)."),
         click.option("--only", multiple=True, help="Name or glob of the weights that are sparsified at all."),
-        click.option("--budget", type=click.Choice(["sparsified", "model"]), default="sparsified", show_default=True, help="What the density counts: sparsified weights, or all weights of the model."),
+        click.option(
+            "--budget",
+            type=click.Choice(["sparsified", "model"]),
+            default="sparsified",
+            show_default=True,
+            help="What the density counts: sparsified weights, or all weights of the model.",
+        ),
         click.option("--epochs", type=float, help="Length of training; the default depends on the model."),
         click.option("--steps", type=int, help="Length of training in optimizer steps."),
         click.option("--batch", type=int, help="Examples per step."),
-        click.option("--optimizer", type=click.Choice(["sgd", "adam", "adamw"]), default="sgd", show_default=True, help="sgd has Nesterov momentum."),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["sgd", "adam", "adamw"]),
+            default="sgd",
+            show_default=True,
+            help="sgd has Nesterov momentum.",
+        ),
         click.option("--lr", type=float, help="Peak learning rate."),
         click.option("--momentum", type=float, default=0.9, show_default=True, help="Of sgd."),
         click.option("--weight-decay", type=float, help="L2 (sgd, adam) or decoupled (adamw)."),
-        click.option("--schedule", type=click.Choice(["cosine", "step", "constant"]), default="cosine", show_default=True, help="Learning rate over the run; step is x 0.1 at a half and three quarters."),
+        click.option(
+            "--schedule",
+            type=click.Choice(["cosine", "step", "constant"]),
+            default="cosine",
+            show_default=True,
+            help="Learning rate over the run; step is x 0.1 at a half and three quarters.",
+        ),
         click.option("--warmup", type=int, default=0, show_default=True, help="Steps of linear warm-up."),
-        click.option("--augment/--no-augment", default=None, help="Random crops (and flips on CIFAR); default for wrn-22-2."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of initialization, topology and data order."),
+        click.option(
+            "--augment/--no-augment", default=None, help="Random crops (and flips on CIFAR); default for wrn-22-2."
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of initialization, topology and data order."
+        ),
         click.option("--threads", type=int, help="Threads of torch."),
     ]
     for decorate in reversed(decorators):
@@ -84,8 +111,16 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
         option = options(names[0])[name]
         shown = ", ".join(f"{m} {d}" for m in names if (d := options(m)[name].default) is not None)
         text = f"{option.help} [{', '.join(names)}]" + (f" Defaults: {shown}." if shown else "")
-        text = "optimizer step after which topologies stay as they are; default: three quarters of the run [" + ", ".join(names) + "]" if name == "until" else text
-        command = click.option(f"--{name.replace('_', '-')}", f"option_{name}", metavar=_metavar(option.words), help=text)(command)
+        text = (
+            "optimizer step after which topologies stay as they are; default: three quarters of the run ["
+            + ", ".join(names)
+            + "]"
+            if name == "until"
+            else text
+        )
+        command = click.option(
+            f"--{name.replace('_', '-')}", f"option_{name}", metavar=_metavar(option.words), help=text
+        )(command)
     return command
 
 
@@ -95,7 +130,11 @@ def _metavar(words: str) -> str:
 
 @cli.command()
 @click.option("--method", default="rigl", show_default=True, help=f"One of {', '.join(RECIPES)}.")
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder; an interrupted run in it goes on. Default: runs/DATA-METHOD-seedN.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The run's folder; an interrupted run in it goes on. Default: runs/DATA-METHOD-seedN.",
+)
 @_shared_options
 @_method_options
 def train(method: str, out: Path | None, **given: Any) -> None:
@@ -117,11 +156,29 @@ def train(method: str, out: Path | None, **given: Any) -> None:
 
 
 @cli.command()
-@click.option("--methods", "specs", default="dense,small_dense,static,set,rigl", show_default=True, help="Separated by spaces or commas; METHOD:OPTION=VALUE,... sets options of one alone (then separate by spaces).")
+@click.option(
+    "--methods",
+    "specs",
+    default="dense,small_dense,static,set,rigl",
+    show_default=True,
+    help="Separated by spaces or commas; METHOD:OPTION=VALUE,... sets options of one alone (then separate by spaces).",
+)
 @click.option("--densities", default="0.1", show_default=True, help="Separated by commas.")
-@click.option("--seeds", type=int, default=1, show_default=True, help="How many runs of each, with seeds counted up from --seed.")
-@click.option("--jobs", type=int, default=1, show_default=True, help="Runs at a time, each with one thread where there are several.")
-@click.option("--out", type=click.Path(path_type=Path), help="The comparison's folder; complete runs in it are kept. Default: runs/compare-DATA.")
+@click.option(
+    "--seeds", type=int, default=1, show_default=True, help="How many runs of each, with seeds counted up from --seed."
+)
+@click.option(
+    "--jobs",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Runs at a time, each with one thread where there are several.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The comparison's folder; complete runs in it are kept. Default: runs/compare-DATA.",
+)
 @_shared_options
 @_method_options
 def compare(specs: str, densities: str, seeds: int, jobs: int, out: Path | None, **given: Any) -> None:
@@ -159,7 +216,9 @@ def list_methods() -> None:
         _console.print(f"    {paper(method)}", style="dim", highlight=False, markup=False)
         for option in options(method).values():
             default = "three quarters of the run" if option.name == "until" else option.default
-            text = f"    --{option.name.replace('_', '-')} {option.words}" + ("" if default is None else f" (default {default})")
+            text = f"    --{option.name.replace('_', '-')} {option.words}" + (
+                "" if default is None else f" (default {default})"
+            )
             _console.print(text, highlight=False, markup=False)
 
 
@@ -178,10 +237,18 @@ def _config(given: dict[str, Any], method: str) -> Config:
 def _progress() -> Progress:
     fields = ("loss", "accuracy", "density", "explored")
     columns = [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
-    return Progress(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), *columns, TimeRemainingColumn(), console=_console, transient=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=_console,
+        transient=True,
+    )
 
 
-def _live(record: dict[str, float]) -> dict[str, str]:
+def _live(record: dict[str, float]) -> dict[str, Any]:
     return {
         "loss": f"loss {record['loss']:.4f}",
         "accuracy": f"train {100 * record['accuracy']:.1f} %",
@@ -191,17 +258,27 @@ def _live(record: dict[str, float]) -> dict[str, str]:
 
 
 def _show_result(result: dict[str, Any]) -> None:
-    table = Table("layer", "shape", "density", "active", title=f"{result['method']}, seed {result['seed']}, {result['steps']:,} steps")
+    table = Table(
+        "layer",
+        "shape",
+        "density",
+        "active",
+        title=f"{result['method']}, seed {result['seed']}, {result['steps']:,} steps",
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, layer in result["layers"].items():
-        table.add_row(name, " x ".join(map(str, layer["shape"])), f"{layer['nnz'] / layer['numel']:.4f}", f"{layer['nnz']:,}")
+        table.add_row(
+            name, " x ".join(map(str, layer["shape"])), f"{layer['nnz'] / layer['numel']:.4f}", f"{layer['nnz']:,}"
+        )
     table.add_section()
     table.add_row("all", "", f"{result['density']:.4f}", f"{result['nnz']:,}")
     _console.print(table)
     explored = "" if result["explored"] is None else f", R_s {result['explored']:.3f}"
     _console.print(
-        f"test accuracy {100 * result['accuracy']:.2f} %{explored}, FLOPs of dense: inference {result['inference_flops_ratio']:.3f}x, "
-        f"training {result['training_flops_ratio']:.3f}x, {result['seconds']:.1f} s, peak memory {result['peak_rss_bytes'] / 2**20:,.0f} MiB",
+        f"test accuracy {100 * result['accuracy']:.2f} %{explored}, FLOPs of dense: inference "
+        f"{result['inference_flops_ratio']:.3f}x, "
+        f"training {result['training_flops_ratio']:.3f}x, {result['seconds']:.1f} s, peak memory "
+        f"{result['peak_rss_bytes'] / 2**20:,.0f} MiB",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -25,7 +25,9 @@ class Job:
     density: float | None
 
 
-def plan(base: Config, specs: Sequence[str], densities: Sequence[float], seeds: int, shared: Mapping[str, str], out: Path) -> list[Job]:
+def plan(
+    base: Config, specs: Sequence[str], densities: Sequence[float], seeds: int, shared: Mapping[str, str], out: Path
+) -> list[Job]:
     """Every method at every density with every seed; a method without a density runs once per seed.
 
     Args:
@@ -64,7 +66,9 @@ def _spec(spec: str) -> tuple[str, dict[str, str]]:
     return method, {name.replace("-", "_"): value for name, _, value in pairs}
 
 
-def run_all(jobs: Sequence[Job], workers: int, report: Callable[[Job, dict[str, float]], None]) -> Iterator[tuple[Job, dict[str, Any]]]:
+def run_all(
+    jobs: Sequence[Job], workers: int, report: Callable[[Job, dict[str, float]], None]
+) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Run the jobs that are not complete yet, `workers` at a time, yielding each with its result."""
     if workers == 1:
         for job in jobs:
@@ -132,7 +136,17 @@ def _row(label: str, density: float | None, group: Sequence[Mapping[str, Any]]) 
     )
 
 
-HEAD = ("method", "density", "active", "test accuracy %", "seeds", "R_s", "FLOPs inference", "FLOPs training", "seconds")
+HEAD = (
+    "method",
+    "density",
+    "active",
+    "test accuracy %",
+    "seeds",
+    "R_s",
+    "FLOPs inference",
+    "FLOPs training",
+    "seconds",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -158,9 +172,12 @@ def write(out: Path, jobs: Sequence[Job], results: Sequence[tuple[Job, Mapping[s
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in table]
     about = ordered[0][1]["versions"]
-    note = f"`{command}`\n\n{ordered[0][1]['steps']:,} steps each; regrow {about['regrow']}, torch {about['torch']}, {about['processor']}.\n\n"
+    setting = f"regrow {about['regrow']}, torch {about['torch']}, {about['processor']}"
+    note = f"`{command}`\n\n{ordered[0][1]['steps']:,} steps each; {setting}.\n\n"
     write_text(out / "table.md", note + "\n".join(lines) + "\n")
     kept = [{"run": job.folder.name, **{k: v for k, v in result.items() if k != "layers"}} for job, result in ordered]
     write_text(out / "results.json", json.dumps({"command": command, "runs": kept}, indent=1) + "\n")
-    pictures.comparison([(r.method, 1.0 if r.density is None else r.density, r.mean, r.std) for r in table], out / "comparison.png")
+    pictures.comparison(
+        [(r.method, 1.0 if r.density is None else r.density, r.mean, r.std) for r in table], out / "comparison.png"
+    )
     return table

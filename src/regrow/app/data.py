@@ -122,9 +122,7 @@ def load(name: str, data_dir: Path | None = None) -> Data:
     if name in _KNOWN:
         return _checked(name, f"the hub's {_KNOWN[name].hub}", *_from_hub(name))
     choices = ", ".join(("digits", *_KNOWN))
-    raise DataError(
-        f"there is no data set {name!r}: choose {choices}, or pass --data-dir with your own files."
-    )
+    raise DataError(f"there is no data set {name!r}: choose {choices}, or pass --data-dir with your own files.")
 
 
 def normalize(data: Data) -> Normalized:
@@ -345,9 +343,7 @@ def _parquet_split(paths: Sequence[Path]) -> Split:
     for path, (x, _) in zip(paths, splits, strict=True):
         if x.shape[1:] != splits[0][0].shape[1:]:
             first, other = tuple(splits[0][0].shape[1:]), tuple(x.shape[1:])
-            raise DataError(
-                f"{path} holds images (c, h, w) = {other} but {paths[0].name} {first}: make all one size."
-            )
+            raise DataError(f"{path} holds images (c, h, w) = {other} but {paths[0].name} {first}: make all one size.")
     if len(splits) == 1:
         return splits[0]
     return torch.cat([x for x, _ in splits]), torch.cat([y for _, y in splits])
@@ -361,9 +357,7 @@ def _read_parquet(path: Path) -> Split:
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is no sound parquet file ({_one_line(error)}): download it again."
-        ) from error
+        raise DataError(f"{path} is no sound parquet file ({_one_line(error)}): download it again.") from error
     return _table_split(table, str(path))
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from regrow.app import models
 from regrow.app.config import Config, write_text
 from regrow.app.vocabulary import make
 from regrow.atomic import replacing
-from regrow.discovery import find
 from regrow.method import Method, Need
 from regrow.metrics.flops import Flops
 from regrow.sparsifier import Sparsifier
@@ -97,11 +96,21 @@ def build(config: Config, data: datasets.Data) -> Run:
     if config.explored:
         method = method._replace(needs=method.needs | Need.EXPLORED)
     sparsifier = regrow.sparsify(
-        model, optimizer, method, skip=config.skip, only=config.only or None, budget=config.budget, seed=config.seed  # type: ignore[arg-type]
+        model,
+        optimizer,
+        method,
+        skip=config.skip,
+        only=config.only or None,
+        budget=_budget(config),
+        seed=config.seed,
     )
     example = torch.zeros(1, *shape)
     baseline = metrics.flops(network(1.0), example).dense
     return Run(config, config.steps, model, optimizer, scheduler, sparsifier, metrics.flops(model, example), baseline)
+
+
+def _budget(config: Config) -> Literal["sparsified", "model"]:
+    return cast(Literal["sparsified", "model"], config.budget)
 
 
 def _small_width(network: Callable[[float], nn.Module], config: Config) -> float:
@@ -109,17 +118,25 @@ def _small_width(network: Callable[[float], nn.Module], config: Config) -> float
     static = make("static", config.options, int(config.steps or 1))
     model = network(1.0)
     plain = torch.optim.SGD(model.parameters(), lr=0.0)
-    sparse = regrow.sparsify(model, plain, static, skip=config.skip, only=config.only or None, budget=config.budget)  # type: ignore[arg-type]
+    sparse = regrow.sparsify(model, plain, static, skip=config.skip, only=config.only or None, budget=_budget(config))
     sparse.remove()
     pairs = [(w.shape, w.topology.nnz) for w in sparse.weights] + [(e.shape, e.numel) for e in sparse.excluded]
-    biases = sum(m.bias.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None)
+    biases = sum(
+        m.bias.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None
+    )
     return regrow.methods.small_dense(network, metrics.model_bits(pairs, n_biases=biases))
 
 
 def _optimizer(config: Config, model: nn.Module) -> Optimizer:
     assert config.lr is not None and config.weight_decay is not None
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0)
+        return torch.optim.SGD(
+            model.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+        )
     if config.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
@@ -232,7 +249,9 @@ class Meter:
 def _record(run: Run, meter: Meter) -> dict[str, float]:
     loss, accuracy = meter.take()
     if not math.isfinite(loss):
-        raise ValueError(f"training diverged: the loss is {loss} at step {run.done:,}; lower --lr (now {run.config.lr})")
+        raise ValueError(
+            f"training diverged: the loss is {loss} at step {run.done:,}; lower --lr (now {run.config.lr})"
+        )
     return {
         "step": run.done,
         "loss": loss,
@@ -295,7 +314,9 @@ def resume(run: Run, folder: Path) -> bool:
     try:
         run.restore(torch.load(path, weights_only=True))
     except (RuntimeError, KeyError, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be resumed ({' '.join(str(error).split())[:200]}): delete the folder to start anew") from None
+        raise ValueError(
+            f"{path} cannot be resumed ({' '.join(str(error).split())[:200]}): delete the folder to start anew"
+        ) from None
     lines = records.read_text().splitlines() if records.exists() else []
     write_text(records, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.done))
     return True
@@ -305,7 +326,8 @@ def resume(run: Run, folder: Path) -> bool:
 def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Accuracy on x (n, c, h, w), y (n,)."""
     model.eval()
-    correct = sum(int((model(part).argmax(1) == labels).sum()) for part, labels in zip(x.split(1000), y.split(1000), strict=True))
+    parts = range(0, len(y), 1000)
+    correct = sum(int((model(x[i : i + 1000]).argmax(1) == y[i : i + 1000]).sum()) for i in parts)
     return correct / len(y)
 
 
@@ -313,7 +335,9 @@ def result(run: Run, data: datasets.Data) -> dict[str, Any]:
     """What is reported of the final step's model; the only place where the test set is read."""
     x = datasets.normalize(data)
     sparse = forward_flops(run)
-    layers = {name: {"shape": list(t.shape), "nnz": t.nnz, "numel": t.numel} for name, t in run.sparsifier.topologies.items()}
+    layers = {
+        name: {"shape": list(t.shape), "nnz": t.nnz, "numel": t.numel} for name, t in run.sparsifier.topologies.items()
+    }
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "method": run.config.method,
@@ -349,4 +373,6 @@ def versions() -> dict[str, str]:
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -122,16 +122,14 @@ def density_per_layer_figure(rows: Sequence[tuple[str, int, int]]) -> Figure:
     Raises ValueError when there is no row, or one with a numel of 0 or counts that are not
     ``0 <= nnz <= numel``.
 
-    >>> density_per_layer_figure([("fc1", 200, 20), ("fc2", 50, 25)]).axes[0].patches[1].get_width()
-    0.5
+    >>> density_per_layer_figure([("fc1", 200, 20), ("fc2", 50, 25)]).axes[0].get_xlabel()
+    'density (overall 18 %, dashed)'
     """
     if not rows:
         raise ValueError("a picture of densities needs at least one layer, not 0.")
     for name, numel, nnz in rows:
         if not 0 <= nnz <= numel or not numel:
-            raise ValueError(
-                f"layer {name} has {nnz} active of {numel} entries: give counts 0 <= nnz <= numel."
-            )
+            raise ValueError(f"layer {name} has {nnz} active of {numel} entries: give counts 0 <= nnz <= numel.")
     densities = [nnz / numel for _, numel, nnz in rows]
     total = sum(nnz for *_, nnz in rows) / sum(numel for _, numel, _ in rows)
     figure = Figure(figsize=(_WIDTH, 1.1 + 0.27 * len(rows)), dpi=_DPI, layout="constrained")
@@ -204,9 +202,7 @@ def comparison_figure(rows: Sequence[tuple[str, float, float, float]]) -> Figure
     """
     wrong = [density for _, density, *_ in rows if not 0 < density <= 1]
     if not rows or wrong:
-        raise ValueError(
-            f"a comparison needs rows with densities above 0 and up to 1, not {len(rows)} with {wrong}."
-        )
+        raise ValueError(f"a comparison needs rows with densities above 0 and up to 1, not {len(rows)} with {wrong}.")
     figure = Figure(figsize=(_WIDTH, 4.6), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     for _, _, mean, std in (row for row in rows if row[0] == "dense"):
@@ -239,9 +235,7 @@ def border_ratio(counts: npt.ArrayLike) -> Floats:
     """
     maps = np.asarray(counts, dtype=np.float64)
     if maps.ndim != len("mhw") or not len(maps) or min(maps.shape[1:]) < _SMALLEST:
-        raise ValueError(
-            f"connection maps have the shape (moments, h, w) from (1, 8, 8) on, not {maps.shape}."
-        )
+        raise ValueError(f"connection maps have the shape (moments, h, w) from (1, 8, 8) on, not {maps.shape}.")
     if not (np.isfinite(maps).all() and (maps >= 0).all()):
         raise ValueError(f"connection maps count from 0 on, not from {maps.min()} to {maps.max()}.")
     _, h, w = maps.shape
@@ -264,9 +258,7 @@ def choose_moments(steps: Sequence[int], most: int) -> list[int]:
     [0, 1, 4]
     """
     if not steps or most < len(("first", "last")):
-        raise ValueError(
-            f"moments are chosen from at least 1 step and at least 2 of them, not {len(steps)}, {most}."
-        )
+        raise ValueError(f"moments are chosen from at least 1 step and at least 2 of them, not {len(steps)}, {most}.")
     if len(steps) <= most:
         return list(range(len(steps)))
     at = np.asarray(steps, dtype=np.float64)
@@ -343,9 +335,7 @@ def _border_curve(axes: Axes, steps: Sequence[int], ratios: Floats, chosen: Sequ
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.set_title(
-        "Connections per border pixel, relative to the centre", loc="left", fontsize=10, color=_INK
-    )
+    axes.set_title("Connections per border pixel, relative to the centre", loc="left", fontsize=10, color=_INK)
     axes.set_xlabel("optimizer step", fontsize=9, color=_FAINT)
 
 
@@ -357,8 +347,6 @@ def _density_axis(axes: Axes, densities: Sequence[float]) -> None:
         return
     if densities[-1] > _WIDE_RANGE * densities[0]:
         axes.set_xscale("log")
-    axes.xaxis.set_major_locator(
-        FixedLocator(list({_share(density): density for density in densities}.values()))
-    )
+    axes.xaxis.set_major_locator(FixedLocator(list({_share(density): density for density in densities}.values())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _share(x)))

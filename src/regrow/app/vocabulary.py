@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from regrow import allocation, methods, redistribution, schedules
 from regrow.drops import lowest, lowest_per_sign
@@ -18,6 +18,8 @@ from regrow.method import Allocation, Drop, Method, Regrow, Statistic, Timing
 from regrow.methods.dynamic import Anneal
 from regrow.scores import magnitude
 from regrow.validation import require_density
+
+T = TypeVar("T")
 
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": allocation.uniform,
@@ -112,7 +114,9 @@ def make(method: str, given: Mapping[str, str], steps: int) -> Method:
     if "density" in known and "density" not in values:
         values["density"] = None
     if values.get("until", 0) > steps:
-        raise ValueError(f"{method}: until is {values['until']:,}, after the run's last step {steps:,}: lower it or train longer")
+        raise ValueError(
+            f"{method}: until is {values['until']:,}, after the run's last step {steps:,}: lower it or train longer"
+        )
     density = (values.pop("density"),) if "density" in known else ()
     return RECIPES[method](*density, **values)
 
@@ -132,7 +136,11 @@ def _parsed(method: str, option: Option, text: str) -> Any:
 
 def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
     """How a parameter of this type is written: (text -> value, words for the help)."""
-    tables: list[tuple[Any, Mapping[str, Any]]] = [(Anneal, ANNEALS), (Drop, DROPS), (Statistic | None, REDISTRIBUTIONS)]
+    tables: list[tuple[Any, Mapping[str, Any]]] = [
+        (Anneal, ANNEALS),
+        (Drop, DROPS),
+        (Statistic | None, REDISTRIBUTIONS),
+    ]
     for kind, values in tables:
         if hint == kind:
             return partial(_choose, values), " | ".join(values)
@@ -160,10 +168,12 @@ def parse_allocation(text: str) -> Allocation:
         return _choose(ALLOCATIONS, text)
     pairs = dict(part.split("=", 1) for part in text.split(",") if part)
     rest = pairs.pop("rest", None)
-    return allocation.explicit({glob: float(d) for glob, d in pairs.items()}, None if rest is None else _choose(ALLOCATIONS, rest))
+    return allocation.explicit(
+        {glob: float(d) for glob, d in pairs.items()}, None if rest is None else _choose(ALLOCATIONS, rest)
+    )
 
 
-def _choose(values: Mapping[str, Any], word: str) -> Any:
+def _choose(values: Mapping[str, T], word: str) -> T:
     if word not in values:
         raise ValueError(f"there are {', '.join(values)}")
     return values[word]

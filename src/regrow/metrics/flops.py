@@ -170,9 +170,7 @@ def flops(
         dense, sparse = tally.flops([1.0] * len(blocks)), tally.flops(blocks)
         density = sum(blocks) / len(blocks)
         outputs = tally.outputs / n_samples
-        rows.append(
-            LayerFlops(name, tally.kind, tally.shape, outputs, density, dense / n_samples, sparse / n_samples)
-        )
+        rows.append(LayerFlops(name, tally.kind, tally.shape, outputs, density, dense / n_samples, sparse / n_samples))
     return Flops(tuple(rows))
 
 
@@ -247,9 +245,7 @@ def pruning_training_flops(forward: Iterable[float]) -> float:
     """
     costs = list(forward)
     if not costs:
-        raise ValueError(
-            "pruning_training_flops: forward is empty; give the forward FLOPs at one step or more"
-        )
+        raise ValueError("pruning_training_flops: forward is empty; give the forward FLOPs at one step or more")
     return 3 * math.fsum(costs) / len(costs)
 
 
@@ -335,9 +331,7 @@ def _leading_size(example_input: Any) -> int:
     for part in parts if isinstance(parts, Iterable) and not isinstance(parts, str) else ():
         if isinstance(part, (Tensor, PackedSequence, tuple, list)):
             return _leading_size(part)
-    raise ValueError(
-        f"flops: no tensor in the example input, a {type(example_input).__name__}; pass batch_size="
-    )
+    raise ValueError(f"flops: no tensor in the example input, a {type(example_input).__name__}; pass batch_size=")
 
 
 def _block_densities(

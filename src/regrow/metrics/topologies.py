@@ -31,7 +31,10 @@ def exploration(sparsifier: Sparsifier) -> Exploration:
     """
     overall = sparsifier.explored
     if overall is None or any("explored" not in w.state for w in sparsifier.weights):
-        raise ValueError(f"{sparsifier.method.name} keeps no explored positions: use method._replace(needs=method.needs | Need.EXPLORED) and start it")
+        raise ValueError(
+            f"{sparsifier.method.name} keeps no explored positions: use method._replace(needs=method.needs | "
+            "Need.EXPLORED) and start it"
+        )
     return Exploration(overall, {w.name: float(w.state["explored"].double().mean()) for w in sparsifier.weights})
 
 

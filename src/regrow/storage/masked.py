@@ -13,16 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow.optimizers import SECOND_MOMENTS, forget_other_state, preserves_zeros, weight_shaped_state
 from regrow.streams import Stream
 from regrow.topology import Topology
-
-ZERO_PRESERVING = frozenset(
-    {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop"}
-)
-"""Optimizers of torch.optim that leave an entry at zero whose value, gradient and state are zero."""
-
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg"})
-"""State by which torch's optimizers divide: from zero, a newcomer's first steps would be far too long."""
 
 
 class MaskedParameter:
@@ -36,7 +29,9 @@ class MaskedParameter:
         in_axis: which axis counts the inputs.
     """
 
-    def __init__(self, parameter: nn.Parameter, optimizer: Optimizer, names: Sequence[str], out_axis: int, in_axis: int) -> None:
+    def __init__(
+        self, parameter: nn.Parameter, optimizer: Optimizer, names: Sequence[str], out_axis: int, in_axis: int
+    ) -> None:
         self.parameter = parameter
         self.optimizer = optimizer
         self.keep_dense = False
@@ -49,8 +44,10 @@ class MaskedParameter:
         self._masked: tuple[weakref.ref[Tensor], int] | None = None
         self._seen = -1
         rows = parameter.shape[0] // len(names)
-        self.weights = [MaskedWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)]
-        self._handle = parameter.register_post_accumulate_grad_hook(self._accumulated)
+        self.weights = [
+            MaskedWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
+        ]
+        self._handle = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Detach from the parameter, which keeps its values."""
@@ -61,11 +58,11 @@ class MaskedParameter:
         grad = parameter.grad
         if grad is None:
             return
-        goes_on = self._held is not None and self._masked is not None and self._masked[0]() is grad
-        if goes_on and self.mask is not None:
+        held, mask = self._held, self.mask
+        if held is not None and mask is not None and self._masked is not None and self._masked[0]() is grad:
             # Inactive entries were zeroed when the gradient was set aside, so they hold what came since.
-            self._held = torch.where(self.mask_on(grad.device), grad, self._held + grad)
-        elif self._held is not None or self.capture:
+            self._held = torch.where(self.mask_on(grad.device), grad, held + grad)
+        elif held is not None or self.capture:
             self._held = grad.detach().clone()
         self._masked = None
         if not self.keep_dense or self._held is not None:
@@ -107,9 +104,14 @@ class MaskedParameter:
         name = self.weights[0].name
         grad = self._held if self._held is not None else self.parameter.grad
         if grad is None:
-            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step(), or skip this weight")
+            raise ValueError(
+                f"{name} has no gradient: call loss.backward() before optimizer.step(), or skip this weight"
+            )
         if self._held is None and not self.keep_dense:
-            raise ValueError(f"{name}: the gradient at inactive positions is not kept here: declare it in the method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)")
+            raise ValueError(
+                f"{name}: the gradient at inactive positions is not kept here: declare it in the method's needs "
+                "(Need.GRADIENT or Need.EVERY_GRADIENT)"
+            )
         return grad if self._scale == 1 else grad / self._scale
 
     def active_gradient(self) -> Tensor:
@@ -124,12 +126,15 @@ class MaskedParameter:
         grad = self._held if self._held is not None else self.parameter.grad
         if grad is not None and not bool(grad.isfinite().all()):
             bad = int((~grad.isfinite()).sum())
-            raise ValueError(f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the learning rate, or skip such steps with a gradient scaler")
+            raise ValueError(
+                f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the "
+                "learning rate, or skip such steps with a gradient scaler"
+            )
 
     def project(self) -> None:
         """Zero values and optimizer state outside the topology."""
         if self.mask is not None:
-            for tensor in (self.parameter.detach(), *self.weight_shaped_state().values()):
+            for tensor in (self.parameter.detach(), *weight_shaped_state(self.optimizer, self.parameter).values()):
                 tensor.masked_fill_(~self.mask_on(tensor.device), 0)
         self._seen = self.parameter._version
 
@@ -140,24 +145,10 @@ class MaskedParameter:
 
     def stepped(self) -> None:
         """Note that the optimizer stepped; project unless it is known to leave zeros at zero."""
-        cls = type(self.optimizer)
-        if cls.__module__.startswith("torch.optim.") and cls.__name__ in ZERO_PRESERVING:
+        if preserves_zeros(self.optimizer):
             self._seen = self.parameter._version
         else:
             self.project()
-
-    def weight_shaped_state(self) -> dict[str, Tensor]:
-        """The optimizer's state tensors that have the parameter's shape, by name."""
-        state = self.optimizer.state.get(self.parameter, {})
-        return {key: s for key, s in state.items() if torch.is_tensor(s) and s.shape == self.parameter.shape}
-
-    def forget_other_state(self) -> None:
-        """Clear optimizer state that cannot be carried entry by entry: factored moments, LBFGS's history."""
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            self.optimizer.state.clear()
-        state = self.optimizer.state.get(self.parameter, {})
-        if any(torch.is_tensor(s) and s.dim() and s.shape != self.parameter.shape for s in state.values()):
-            del self.optimizer.state[self.parameter]
 
     def mask_on(self, device: torch.device) -> Tensor:
         """The mask, moved along where the model was moved."""
@@ -225,8 +216,8 @@ class MaskedWeight:
         topology = topology.to(self.owner.parameter.device)
         old, mask = self.topology, topology.mask.to(self.owner.parameter.device)
         gone = ~mask if old.is_dense else ~(mask & old.mask.to(mask.device))
-        self.owner.forget_other_state()
-        state = self.owner.weight_shaped_state()
+        forget_other_state(self.owner.optimizer, self.owner.parameter)
+        state = weight_shaped_state(self.owner.optimizer, self.owner.parameter)
         moments = {key: self._starting_moment(s, topology) for key, s in state.items() if key in SECOND_MOMENTS}
         for tensor in (self.owner.parameter.detach(), *state.values()):
             tensor[self.rows].masked_fill_(gone.to(tensor.device), 0)

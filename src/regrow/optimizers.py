@@ -1,0 +1,81 @@
+"""What must be known of optimizers, in one place; all else treats them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+ZERO_PRESERVING = frozenset({"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop"})
+"""Optimizers of torch.optim that leave an entry at zero whose value, gradient and state are zero."""
+
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg"})
+"""State by which torch's optimizers divide: from zero, a newcomer's first steps would be far too long."""
+
+
+def preserves_zeros(optimizer: Optimizer) -> bool:
+    """Whether zeros need no second look after each step; any optimizer that is not known gets one."""
+    cls = type(optimizer)
+    return cls.__module__.startswith("torch.optim.") and cls.__name__ in ZERO_PRESERVING
+
+
+def weight_shaped_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The state tensors that have the parameter's shape, by name: what can be carried entry by entry."""
+    state = optimizer.state.get(parameter, {})
+    return {key: s for key, s in state.items() if torch.is_tensor(s) and s.shape == parameter.shape}
+
+
+def forget_other_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Clear state that cannot be carried entry by entry: factored moments, LBFGS's history."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()
+    state = optimizer.state.get(parameter, {})
+    if any(torch.is_tensor(s) and s.dim() and s.shape != parameter.shape for s in state.values()):
+        del optimizer.state[parameter]
+
+
+def skips_step(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer is about to skip this step inside, because a gradient scaler found an overflow."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def gradient_scale(optimizer: Optimizer) -> float:
+    """By what a gradient scaler multiplied the gradients that a fused optimizer will divide inside."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def has_closure(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a step is called with a closure, so that its gradients come from inside."""
+    return any(callable(a) and a is not optimizer for a in (*args, kwargs.get("closure")))
+
+
+def holder_of(name: str, parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> Optimizer:
+    """The one optimizer that holds `parameter`.
+
+    Raises:
+        ValueError: when none or several do.
+    """
+    holders = [o for o in optimizers if any(p is parameter for g in o.param_groups for p in g["params"])]
+    if len(holders) != 1:
+        raise ValueError(
+            f"{name} is in {len(holders)} of the {len(optimizers)} optimizers given, and must be in exactly 1: "
+            "add it to one, or name it in skip="
+        )
+    return holders[0]
+
+
+def stranger(optimizer: Optimizer, names: Mapping[int, str]) -> str | None:
+    """A sentence about an optimizer without our hooks that holds sparsified weights (id of parameter -> name)."""
+    taken = [names[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in names]
+    if not taken:
+        return None
+    return (
+        f"a {type(optimizer).__name__} without regrow's hooks is stepping {len(taken)} sparsified weights "
+        f"({taken[0]}, ...): it was copied or made after regrow.sparsify; pass it there, or call "
+        "sparsifier.remove() first"
+    )
