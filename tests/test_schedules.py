@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ def test_a_fraction_falls_from_its_value_to_zero(
     assert schedule(until) == 0
     assert schedule(until + 77) == 0
     assert schedule(0) == schedule(begin)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
     assert schedule.until == until
 
 

@@ -68,7 +68,8 @@ def test_no_other_width_is_nearer(bits: int) -> None:
 def test_width_grows_with_bits_and_gives_back_exact_sizes() -> None:
     widths = [small_dense(mlp, bits) for bits in range(1000, 26_000, 1000)]
     assert widths == sorted(widths)
-    for width in (0.2, 0.5, 1.0):
+    assert small_dense(mlp, 10**9) == small_dense(mlp, dense_bits(mlp, 1.0)) == 1.0
+    for width in (0.2, 0.5):
         assert dense_bits(mlp, small_dense(mlp, dense_bits(mlp, width))) == dense_bits(mlp, width)
 
 
@@ -105,10 +106,11 @@ class Conv1D(nn.Module):
 def test_weights_and_biases_count_and_norms_and_embeddings_do_not() -> None:
     def build(width: float) -> nn.Module:
         n = scaled(16, width)
-        tied = nn.Linear(n, n)
+        first, tied = nn.Linear(n, n), nn.Linear(n, n, bias=False)
+        tied.weight = first.weight
         counted = [nn.GRU(n, n), nn.LSTMCell(n, n), nn.MultiheadAttention(n, 1), Conv1D(n, n)]
         convs = [nn.Conv1d(n, n, 3), nn.ConvTranspose2d(n, n, 2)]
-        return nn.ModuleList([*counted, *convs, tied, tied, nn.Embedding(999, n), nn.LayerNorm(n), nn.BatchNorm1d(n)])
+        return nn.ModuleList([*counted, *convs, first, tied, nn.Embedding(999, n), nn.LayerNorm(n), nn.BatchNorm1d(n)])
 
     def bits(n: int) -> int:
         gru, cell, attention = 6 * n * n + 6 * n, 8 * n * n + 8 * n, 4 * n * n + 4 * n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_linear_counts_every_token_and_every_call() -> None:
 
 
 @pytest.mark.parametrize(("cls", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
-def test_recurrent_layers_count_steps_layers_and_directions(cls: type[nn.RNNBase], gates: int) -> None:
+def test_recurrent_layers_count_steps_layers_and_directions(cls: Callable[..., nn.RNNBase], gates: int) -> None:
     model = cls(5, 6, num_layers=2, bidirectional=True, batch_first=True)
     count = flops(model, torch.zeros(3, 11, 5))
     per_step = sum(2 * p.numel() + p.shape[0] for name, p in model.named_parameters() if "weight" in name)
@@ -234,6 +235,14 @@ def test_a_fused_encoder_layer_is_counted_through_its_parts() -> None:
     assert not layer.training
 
 
+def test_a_padded_encoder_is_counted_at_full_length() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    arguments = {"src": torch.zeros(2, 5, 8), "src_key_padding_mask": padding}
+    assert flops(model, arguments).dense == 2 * flops(layer, torch.zeros(2, 5, 8)).dense
+
+
 class Conv1D(nn.Module):
     """The layer of GPT-2, a transposed linear one, as transformers defines it."""
 
@@ -242,7 +251,7 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_in, n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
+        return torch.matmul(x, self.weight)
 
 
 def test_the_conv1d_of_transformers_counts_as_linear() -> None:
@@ -263,7 +272,8 @@ class Odd(nn.Module):
         self.own = nn.Parameter(torch.zeros(4, 4))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.used(self.embed(tokens)) @ self.own)
+        hidden: Tensor = self.used(self.embed(tokens)) @ self.own
+        return torch.as_tensor(self.head(hidden))
 
 
 def odd_tokens() -> Tensor:
@@ -315,7 +325,8 @@ def test_wrappers_and_compilation_do_not_change_names_or_counts() -> None:
     inner = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
     x = torch.zeros(3, 4)
     plain = flops(inner, x, {"0.weight": 0.5})
-    for model in (nn.DataParallel(inner), torch.compile(inner, backend="eager")):
+    compiled = cast("nn.Module", torch.compile(inner, backend="eager"))
+    for model in (nn.DataParallel(inner), compiled):
         assert flops(model, x, {"0.weight": 0.5}) == plain
     assert flops(inner, x, {"module._orig_mod.0.weight": 0.5}) == plain
 

@@ -15,13 +15,13 @@ from regrow.app.config import Config, resolved, write_text
 from regrow.files import save
 
 
-def run(config: Config, folder: Path, report: loop.Report, prepared: datasets.Data | None = None) -> dict[str, Any]:
+def run(config: Config, folder: Path, report: loop.Report) -> dict[str, Any]:
     """Train `config` in `folder`, go on where an interrupted run stopped, or return a complete run's result.
 
     Raises:
         ValueError: for settings that cannot run, or a folder that holds another run.
     """
-    data = prepared or datasets.load(config.data, None if config.data_dir is None else Path(config.data_dir))
+    data = datasets.load(config.data, None if config.data_dir is None else Path(config.data_dir))
     settings = resolved(config, len(data.train_y))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -29,6 +29,8 @@ def run(config: Config, folder: Path, report: loop.Report, prepared: datasets.Da
     job = loop.build(settings, data)
     if (done := complete(settings, folder)) is not None:
         return done
+    scaled = datasets.normalize(data)
+    data = data._replace(train_x=scaled.train_x, test_x=scaled.test_x)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", settings.to_json())
     loop.resume(job, folder)

@@ -25,17 +25,20 @@ from torch.optim import Optimizer
 import regrow
 from regrow import metrics
 from regrow.app import data as datasets
-from regrow.app import models
+from regrow.app import models, pictures
 from regrow.app.config import Config, write_text
 from regrow.app.vocabulary import make
 from regrow.atomic import replacing
 from regrow.method import Method, Need
 from regrow.metrics.flops import Flops
 from regrow.sparsifier import Sparsifier
+from regrow.streams import Stream
 
 CHECKPOINT_SECONDS = 30.0
 RECORDS = 200
 MAPS = 24
+COLOURS = 3
+"""Channels of photographs, which may be flipped; digits and letters may not."""
 
 Report = Callable[[dict[str, float]], None]
 """Called with the newest record, for progress."""
@@ -178,8 +181,7 @@ def forward_flops(run: Run) -> float:
 
 
 def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterator[None]:
-    """Train to the last step, yielding after each; records and checkpoints go to `folder`."""
-    x = datasets.normalize(data)
+    """Train on normalized `data` to the last step, yielding after each; records and checkpoints go to `folder`."""
     batch = int(run.config.batch or 1)
     per_epoch = len(data.train_y) // batch
     meter, maps = Meter(), Maps(run, data, folder)
@@ -193,7 +195,7 @@ def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterat
             epoch = run.done // per_epoch
             order = list(datasets.batches(len(data.train_y), batch, run.config.seed, epoch))
             for index in order[run.done % per_epoch :]:
-                images = _augmented(x.train_x[index], run) if run.config.augment else x.train_x[index]
+                images = _augmented(data.train_x[index], run) if run.config.augment else data.train_x[index]
                 changes = run.sparsifier.due
                 cost = step_flops(run) if changes or run.done == 0 else cost
                 run.optimizer.zero_grad()
@@ -223,8 +225,9 @@ def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterat
 
 
 def _augmented(images: Tensor, run: Run) -> Tensor:
-    generator = torch.Generator().manual_seed(run.config.seed * 1_000_003 + run.done)
-    return datasets.augment(images, generator, pad=4, flip=run.config.data.startswith("cifar"))
+    key = Stream(run.config.seed, "augmentation", run.done).integers(2**31, 1)
+    generator = torch.Generator().manual_seed(int(key[0]))
+    return datasets.augment(images, generator, pad=4, flip=images.shape[1] == COLOURS)
 
 
 class Meter:
@@ -268,9 +271,9 @@ class Maps:
     def __init__(self, run: Run, data: datasets.Data, folder: Path) -> None:
         layer = models.vision_input_layer(run.model)
         self.name = None if layer is None else (f"{layer}.weight" if layer else "weight")
-        if self.name not in run.sparsifier.topologies:
-            self.name = None
         self.shape = tuple(data.train_x.shape[1:])
+        if self.name not in run.sparsifier.topologies or min(self.shape[1:]) < pictures.SMALLEST_MAP:
+            self.name = None
         self.every = max(1, run.steps // MAPS)
         self.steps: list[int] = []
         self.counts: list[np.ndarray[Any, Any]] = []
@@ -332,8 +335,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def result(run: Run, data: datasets.Data) -> dict[str, Any]:
-    """What is reported of the final step's model; the only place where the test set is read."""
-    x = datasets.normalize(data)
+    """What is reported of the final step's model; the only place where the (normalized) test set is read."""
     sparse = forward_flops(run)
     layers = {
         name: {"shape": list(t.shape), "nnz": t.nnz, "numel": t.numel} for name, t in run.sparsifier.topologies.items()
@@ -343,7 +345,7 @@ def result(run: Run, data: datasets.Data) -> dict[str, Any]:
         "method": run.config.method,
         "seed": run.config.seed,
         "steps": run.steps,
-        "accuracy": evaluate(run.model, x.test_x, data.test_y),
+        "accuracy": evaluate(run.model, data.test_x, data.test_y),
         "density": run.sparsifier.density,
         "nnz": run.sparsifier.nnz,
         "numel": run.sparsifier.numel,

@@ -7,7 +7,6 @@ pixels wide and made to be read at 800.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from regrow.atomic import replacing
+
 Floats = npt.NDArray[np.float64]
 
 _DPI = 200
@@ -29,7 +30,8 @@ _BLUE, _RED, _GREEN, _ORANGE = "#2563a8", "#c8473c", "#2e8b6f", "#d98a1f"
 _COLOURS = (_BLUE, _RED, _GREEN, _ORANGE, "#7a52a8", "#8c6d46", "#d46a9f", "#4aa3c7", "#8a9a2b", "#50596a")
 _MARKERS = "osD^vPX*<>"
 _RING = 2
-_SMALLEST = 8
+SMALLEST_MAP = 8
+"""Least height and width of an image, in pixels, for which a connection map is drawn."""
 _MOST_MAPS = 5
 _WIDE_RANGE = 4.0
 _NAME = 40
@@ -234,7 +236,7 @@ def border_ratio(counts: npt.ArrayLike) -> Floats:
     array([1., 1.])
     """
     maps = np.asarray(counts, dtype=np.float64)
-    if maps.ndim != len("mhw") or not len(maps) or min(maps.shape[1:]) < _SMALLEST:
+    if maps.ndim != len("mhw") or not len(maps) or min(maps.shape[1:]) < SMALLEST_MAP:
         raise ValueError(f"connection maps have the shape (moments, h, w) from (1, 8, 8) on, not {maps.shape}.")
     if not (np.isfinite(maps).all() and (maps >= 0).all()):
         raise ValueError(f"connection maps count from 0 on, not from {maps.min()} to {maps.max()}.")
@@ -273,12 +275,8 @@ def _write(figure: Figure, path: Path) -> Path:
     # Not savefig, which a user's matplotlibrc can make crop the picture.
     canvas: Any = FigureCanvasAgg(figure)
     canvas.print_png(buffer, metadata={"Software": None})
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(buffer.getvalue())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
     return path
 
 

@@ -72,8 +72,8 @@ def small_dense(build: Callable[[float], nn.Module], bits: int) -> float:
             above, size_above = middle, size_middle
     if below == 0:
         raise ValueError(
-            f"small_dense: the narrowest model (width {above / _RESOLUTION}) has {size_above} bits, more than "
-            f"the {bits} asked for; raise the sparse model's density or scale more by the width"
+            f"small_dense: the narrowest model (width {above / _RESOLUTION}) has {size_above} bits, more "
+            f"than the {bits} asked for; raise the sparse model's density or scale more by the width"
         )
     nearest = above if size_above - bits < bits - size_below else below
     return nearest / _RESOLUTION

@@ -1,0 +1,274 @@
+"""The command line: runs leave whole folders, resume to the bit, and bad input ends in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import regrow
+from regrow.app import cli, compare, folder, loop, models
+from regrow.app.config import Config, resolved
+from regrow.app.vocabulary import RECIPES, make, options, paper, parse_allocation, summary
+
+SHORT = ("--hidden", "32,16", "--threads", "1")
+
+
+def command(
+    arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["regrow", *arguments])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def config(**changes: object) -> Config:
+    plain = {
+        "method": "rigl",
+        "options": {"density": "0.2", "interval": "5"},
+        "hidden": (32, 16),
+        "steps": 60,
+        "threads": 1,
+    }
+    return Config(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", list(RECIPES))
+def test_every_method_runs_and_leaves_a_whole_folder(method: str, tmp_path: Path) -> None:
+    given = {"density": "0.2", "interval": "5"}
+    settings = config(method=method, options={k: v for k, v in given.items() if k in options(method)}, steps=30)
+    result = folder.run(settings, tmp_path / "run", lambda record: None)
+    made = {p.name for p in (tmp_path / "run").iterdir()}
+    expected = {
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+        "model.safetensors",
+        "curves.png",
+        "density.png",
+        "connections.png",
+        "connections.npz",
+    }
+    assert made == expected
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["nnz"] == sum(layer["nnz"] for layer in result["layers"].values())
+    assert 0 < result["accuracy"] <= 1 and result["explored"] >= result["density"]
+
+
+def test_reported_numbers_are_those_of_the_saved_model(tmp_path: Path) -> None:
+    result = folder.run(config(), tmp_path / "run", lambda record: None)
+    model = models.build("mlp", (1, 8, 8), 10, hidden=(32, 16))
+    topologies = regrow.load(tmp_path / "run" / "model.safetensors", model)
+    assert {n: t.nnz for n, t in topologies.items()} == {n: w["nnz"] for n, w in result["layers"].items()}
+    with np.load(tmp_path / "run" / "connections.npz") as maps:
+        per_pixel = topologies["fc1.weight"].mask.sum(0).view(8, 8).numpy()
+        assert np.array_equal(maps["counts"][-1], per_pixel)
+        assert (maps["counts"].sum((1, 2)) == topologies["fc1.weight"].nnz).all()
+        assert maps["steps"][0] == 0 and maps["steps"][-1] == 60
+    dense = 3 * result["steps"]
+    updates, density = 8, result["inference_flops_ratio"]
+    assert result["updates"] == updates
+    assert result["training_flops_ratio"] == pytest.approx(
+        (3 * density * (dense / 3 - updates) + updates * (2 * density + 1)) / dense
+    )
+
+
+@pytest.mark.parametrize("stop", [14, 15, 16, 33])
+def test_an_interrupted_run_resumes_to_the_bit(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    whole = folder.run(config(), tmp_path / "whole", lambda record: None)
+
+    def interrupt(record: dict[str, float]) -> None:
+        if record["step"] == stop + 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(config(), tmp_path / "parts", interrupt)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    again = folder.run(config(), tmp_path / "parts", lambda record: None)
+    volatile = ("seconds", "peak_rss_bytes")
+    assert {k: v for k, v in again.items() if k not in volatile} == {
+        k: v for k, v in whole.items() if k not in volatile
+    }
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_a_complete_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = folder.run(config(), tmp_path, lambda record: None)
+
+    def fail(record: dict[str, float]) -> None:
+        raise AssertionError("trained again")
+
+    assert folder.run(config(), tmp_path, fail) == json.loads(json.dumps(first))
+    with pytest.raises(ValueError, match="holds a run with another seed"):
+        folder.run(config(seed=1), tmp_path, fail)
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    with pytest.raises(ValueError, match="something other than a run"):
+        folder.run(config(), tmp_path, lambda record: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+BAD = [
+    (["train", "--density", "1.2"], "density must lie in (0, 1], got 1.2"),
+    (["train", "--density", "0"], "density must lie in (0, 1], got 0"),
+    (["train", "--method", "riggle"], "there is no method 'riggle'"),
+    (["train", "--method", "static", "--density", "0.1", "--interval", "5"], "static has no option interval"),
+    (["train", "--density", "0.1", "--interval", "ten"], "interval takes an integer, got 'ten'"),
+    (["train", "--density", "0.1", "--allocate", "even"], "allocate takes"),
+    (["train", "--density", "0.1", "--allocate", "fc9=0.1"], "'fc9' matches none of the weights"),
+    (["train"], "give a density"),
+    (["train", "--density", "0.1", "--until", "10000"], "until is 10,000, after the run's last step"),
+    (["train", "--density", "0.1", "--steps", "100"], "no update would ever happen"),
+    (["train", "--density", "0.1", "--steps", "9", "--epochs", "2"], "--epochs or --steps, not both"),
+    (["train", "--density", "0.1", "--skip", "fc9"], "'fc9' matches none"),
+    (["train", "--density", "0.1", "--skip", "fc*"], "nothing to sparsify"),
+    (["train", "--density", "0.001", "--budget", "model", "--skip", "fc2"], "least feasible density"),
+    (["train", "--density", "0.1", "--hidden", "a"], "--hidden takes widths"),
+    (["train", "--density", "0.1", "--batch", "100000"], "--batch must lie between"),
+    (["train", "--data", "imagenet"], "there is no data set 'imagenet'"),
+    (["train", "--data", "mnist", "--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["train", "--no-such-option"], "No such option"),
+    (["compare", "--methods", "dense", "--interval", "5"], "none of dense has an option interval"),
+    (["compare", "--seeds", "0"], "must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "run"
+    status, _, error = command([*arguments, "--out", str(out)], capsys, monkeypatch)
+    assert status == 2
+    assert message in error and "Traceback" not in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+
+    def interrupt(record: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(config(steps=400), tmp_path, interrupt)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be resumed"):
+        folder.run(config(steps=400), tmp_path, lambda record: None)
+
+
+def test_divergence_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"diverged|not finite|NaN"):
+        folder.run(config(lr=1e18, steps=50), tmp_path, lambda record: None)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_train_and_compare_as_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, said, _ = command(
+        ["train", "--density", "0.2", "--steps", "120", "--interval", "10", *SHORT], capsys, monkeypatch
+    )
+    assert status == 0 and "test accuracy" in said and "runs/digits-rigl-seed0" in said
+    arguments = [
+        "compare",
+        "--methods",
+        "dense small_dense rigl:fraction=0.5",
+        "--densities",
+        "0.3,0.2",
+        "--seeds",
+        "2",
+    ]
+    status, said, _ = command(
+        [*arguments, "--steps", "120", "--interval", "20", "--out", "c", *SHORT], capsys, monkeypatch
+    )
+    assert status == 0
+    table = Path("c/table.md").read_text()
+    assert table.count("| dense |") == 1 and table.count("| rigl_fraction-0.5 |") == 2
+    runs = json.loads(Path("c/results.json").read_text())["runs"]
+    assert len(runs) == 2 + 4 + 4
+    assert {r["steps"] for r in runs} == {120}
+    assert all(r["training_flops_ratio"] < 0.5 for r in runs if r["method"] != "dense")
+
+
+def test_compare_in_two_processes_gives_the_same(tmp_path: Path) -> None:
+    jobs = {n: compare.plan(config(), ["static"], [0.2], 2, {}, tmp_path / str(n)) for n in (1, 2)}
+    found = {n: {j.folder.name: r["accuracy"] for j, r in compare.run_all(jobs[n], n, lambda *a: None)} for n in (1, 2)}
+    assert found[1] == found[2] and len(found[1]) == 2
+
+
+def test_rows_hold_mean_and_spread() -> None:
+    jobs = compare.plan(config(), ["dense", "static"], [0.1], 2, {}, Path("x"))
+    common = {"explored": None, "inference_flops_ratio": 1.0, "training_flops_ratio": 0.5, "seconds": 2.0, "nnz": 7}
+    results = [(job, {**common, "accuracy": 0.5 + 0.1 * i}) for i, job in enumerate(jobs)]
+    rows = compare.rows(results)
+    assert [(r.method, r.density) for r in rows] == [("dense", None), ("static", 0.1)]
+    assert rows[0].mean == pytest.approx(0.55) and rows[0].std == pytest.approx(0.1 / 2**0.5)
+    assert compare.cells(rows[1])[3] == "75.00 ± 7.07"
+
+
+def test_every_option_of_every_method_is_on_the_command_line() -> None:
+    offered = {parameter.name.removeprefix("option_") for parameter in cli.train.params}
+    for method, recipe in RECIPES.items():
+        assert list(options(method)) == list(inspect.signature(recipe).parameters)
+        assert set(options(method)) <= offered
+        assert all(option.help for option in options(method).values()), method
+        assert summary(method)
+        assert method == "dense" or paper(method), method
+    assert CliRunner().invoke(cli.cli, ["methods"]).exit_code == 0
+
+
+def test_options_reach_the_method() -> None:
+    method = make("rigl", {"density": "0.1", "interval": "7", "begin": "9", "until": "50", "timing": "after"}, 100)
+    assert [step for step in range(100) if method.due(step)] == [9, 16, 23, 30, 37, 44]
+    assert method.timing == "after"
+    assert [s for s in range(200) if make("rigl", {"density": "0.1", "interval": "50"}, 200).due(s)] == [50, 100]
+
+
+def test_allocations_as_typed() -> None:
+    shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
+    counts = regrow.allocation.counts(parse_allocation("fc3=1,rest=uniform"), shapes, 0.1)
+    assert counts["fc3"] == 1000 and sum(counts.values()) == 26620
+
+
+def test_defaults_depend_on_the_model() -> None:
+    assert resolved(Config(), 1437).model == "mlp"
+    wide = resolved(Config(data="cifar10"), 50_000)
+    assert wide.model == "wrn-22-2" and wide.augment and wide.steps == 30 * 390
+    assert resolved(Config(augment=False, data="cifar10", epochs=0.5), 50_000).steps == 195
+
+
+def test_python_m_regrow_answers() -> None:
+    done = subprocess.run([sys.executable, "-m", "regrow", "--version"], capture_output=True, text=True, check=True)
+    assert regrow.__version__ in done.stdout
+
+
+def test_the_loop_makes_no_draw_from_the_global_generator(tmp_path: Path) -> None:
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        results.append(folder.run(config(steps=20), tmp_path / str(seed), lambda record: None)["accuracy"])
+    assert results[0] == results[1]
