@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.optim import Optimizer
 
 import regrow
 from regrow import methods
+from regrow.app.machine import processor
 from regrow.app.models import build
 
 DENSITY = 0.1
@@ -106,15 +106,6 @@ def measure(case: Case, make: Callable[[nn.Module], Optimizer], repeats: int) ->
         quartiles[2] - quartiles[0],
         statistics.median(updates) / usual,
         1e3 * statistics.median(plain),
-    )
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
 
 

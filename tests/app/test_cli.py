@@ -133,7 +133,8 @@ BAD = [
     (["train", "--density", "0.1", "--interval", "ten"], "interval takes an integer, got 'ten'"),
     (["train", "--density", "0.1", "--allocate", "even"], "allocate takes"),
     (["train", "--density", "0.1", "--allocate", "fc9=0.1"], "'fc9' matches none of the weights"),
-    (["train"], "give a density"),
+    (["train", "--allocate", "fc1=0.1"], "no density for fc2.weight, fc3.weight"),
+    (["train", "--allocate", "fc1=0.1,rest=erk", "--density", "0.0001"], "make 1,638 active entries"),
     (["train", "--density", "0.1", "--until", "10000"], "until is 10,000, after the run's last step"),
     (["train", "--density", "0.1", "--steps", "100"], "no update would ever happen"),
     (["train", "--density", "0.1", "--steps", "9", "--epochs", "2"], "--epochs or --steps, not both"),
@@ -147,6 +148,7 @@ BAD = [
     (["train", "--no-such-option"], "No such option"),
     (["compare", "--methods", "dense", "--interval", "5"], "none of dense has an option interval"),
     (["compare", "--seeds", "0"], "must be at least 1"),
+    (["compare", "--densities", "half"], "--densities takes numbers"),
 ]
 
 
@@ -189,9 +191,7 @@ def test_train_and_compare_as_typed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    status, said, _ = command(
-        ["train", "--density", "0.2", "--steps", "120", "--interval", "10", *SHORT], capsys, monkeypatch
-    )
+    status, said, _ = command(["train", "--steps", "120", "--interval", "10", *SHORT], capsys, monkeypatch)
     assert status == 0 and "test accuracy" in said and "runs/digits-rigl-seed0" in said
     arguments = [
         "compare",
@@ -207,6 +207,7 @@ def test_train_and_compare_as_typed(
     )
     assert status == 0
     table = Path("c/table.md").read_text()
+    assert json.loads(Path("runs/digits-rigl-seed0/result.json").read_text())["density"] == pytest.approx(0.1, abs=1e-3)
     assert table.count("| dense |") == 1 and table.count("| rigl_fraction-0.5 |") == 2
     runs = json.loads(Path("c/results.json").read_text())["runs"]
     assert len(runs) == 2 + 4 + 4
@@ -222,7 +223,14 @@ def test_compare_in_two_processes_gives_the_same(tmp_path: Path) -> None:
 
 def test_rows_hold_mean_and_spread() -> None:
     jobs = compare.plan(config(), ["dense", "static"], [0.1], 2, {}, Path("x"))
-    common = {"explored": None, "inference_flops_ratio": 1.0, "training_flops_ratio": 0.5, "seconds": 2.0, "nnz": 7}
+    common = {
+        "explored": None,
+        "inference_flops_ratio": 1.0,
+        "training_flops_ratio": 0.5,
+        "seconds": 2.0,
+        "nnz": 7,
+        "density": 0.3,
+    }
     results = [(job, {**common, "accuracy": 0.5 + 0.1 * i}) for i, job in enumerate(jobs)]
     rows = compare.rows(results)
     assert [(r.method, r.density) for r in rows] == [("dense", None), ("static", 0.1)]

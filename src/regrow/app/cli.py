@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from regrow.app import compare as comparison
 from regrow.app import folder
 from regrow.app.config import Config
 from regrow.app.models import MODELS
-from regrow.app.vocabulary import RECIPES, options, paper, summary
+from regrow.app.vocabulary import RECIPES, known_options, options, paper, summary
+
+DENSITY = "0.1"
+"""Where neither a density nor an explicit allocation is given."""
 
 _console = Console()
 
@@ -140,6 +144,8 @@ def _metavar(words: str) -> str:
 def train(method: str, out: Path | None, **given: Any) -> None:
     """Train one network and leave a folder with its record, result, model and pictures."""
     config = _config(given, method)
+    if "density" in known_options(method) and "density" not in config.options and not _is_explicit(config.options):
+        config = replace(config, options={**config.options, "density": DENSITY})
     out = out or Path("runs") / f"{config.data}-{method}-seed{config.seed}"
     with _progress() as bar:
         task = bar.add_task(method, total=None, loss="", accuracy="", density="", explored="")
@@ -163,7 +169,7 @@ def train(method: str, out: Path | None, **given: Any) -> None:
     show_default=True,
     help="Separated by spaces or commas; METHOD:OPTION=VALUE,... sets options of one alone (then separate by spaces).",
 )
-@click.option("--densities", default="0.1", show_default=True, help="Separated by commas.")
+@click.option("--densities", help="Separated by commas. Default: 0.1, or what an explicit --allocate says.")
 @click.option(
     "--seeds", type=int, default=1, show_default=True, help="How many runs of each, with seeds counted up from --seed."
 )
@@ -181,7 +187,7 @@ def train(method: str, out: Path | None, **given: Any) -> None:
 )
 @_shared_options
 @_method_options
-def compare(specs: str, densities: str, seeds: int, jobs: int, out: Path | None, **given: Any) -> None:
+def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path | None, **given: Any) -> None:
     """Train several methods on the same data with equal steps and print one table."""
     config = _config(given, "dense")
     if seeds < 1 or jobs < 1:
@@ -189,7 +195,7 @@ def compare(specs: str, densities: str, seeds: int, jobs: int, out: Path | None,
     shared = {k: v for k, v in config.options.items() if k != "density"}
     names = specs.split() if ":" in specs else specs.replace(",", " ").split()
     out = out or Path("runs") / f"compare-{config.data}"
-    todo = comparison.plan(config, names, [float(d) for d in densities.split(",")], seeds, shared, out)
+    todo = comparison.plan(config, names, _densities(densities, shared), seeds, shared, out)
     results = []
     with _progress() as bar:
         task = bar.add_task("runs", total=len(todo), loss="", accuracy="", density="", explored="")
@@ -232,6 +238,20 @@ def _config(given: dict[str, Any], method: str) -> Config:
         except ValueError:
             raise ValueError(f"--hidden takes widths such as 512,256, got {hidden!r}") from None
     return Config(method=method, options=chosen, **plain)
+
+
+def _densities(text: str | None, shared: Mapping[str, str]) -> list[float | None]:
+    if text is None:
+        return [None if _is_explicit(shared) else float(DENSITY)]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--densities takes numbers separated by commas, got {text!r}") from None
+
+
+def _is_explicit(chosen: Mapping[str, str]) -> bool:
+    """Whether the allocation alone says how many entries are active."""
+    return "=" in chosen.get("allocate", "") and "rest=" not in chosen["allocate"]
 
 
 def _progress() -> Progress:

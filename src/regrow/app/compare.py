@@ -26,14 +26,19 @@ class Job:
 
 
 def plan(
-    base: Config, specs: Sequence[str], densities: Sequence[float], seeds: int, shared: Mapping[str, str], out: Path
+    base: Config,
+    specs: Sequence[str],
+    densities: Sequence[float | None],
+    seeds: int,
+    shared: Mapping[str, str],
+    out: Path,
 ) -> list[Job]:
     """Every method at every density with every seed; a method without a density runs once per seed.
 
     Args:
         base: settings common to all.
         specs: "METHOD" or "METHOD:OPTION=VALUE,...".
-        densities: overall densities.
+        densities: overall densities; None leaves it to an explicit allocation.
         seeds: how many, counted up from the base's.
         shared: options given to every method that has them.
         out: the comparison's folder.
@@ -100,6 +105,8 @@ class Row:
     training: float
     seconds: float
     nnz: int
+    realised: float
+    """Active share of the sparsified entries, which an explicit allocation decides."""
 
     @property
     def mean(self) -> float:
@@ -133,6 +140,7 @@ def _row(label: str, density: float | None, group: Sequence[Mapping[str, Any]]) 
         statistics.fmean(r["training_flops_ratio"] for r in group),
         statistics.median(r["seconds"] for r in group),
         group[0]["nnz"],
+        group[0]["density"],
     )
 
 
@@ -153,7 +161,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row as text, under `HEAD`; accuracy as mean ± standard deviation over the seeds."""
     return (
         row.method,
-        "1" if row.density is None else f"{row.density:g}",
+        f"{row.realised:.4g}" if row.density is None else f"{row.density:g}",
         f"{row.nnz:,}",
         f"{100 * row.mean:.2f} ± {100 * row.std:.2f}",
         str(len(row.accuracy)),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import resource
 import sys
 import time
@@ -27,6 +26,7 @@ from regrow import metrics
 from regrow.app import data as datasets
 from regrow.app import models, pictures
 from regrow.app.config import Config, write_text
+from regrow.app.machine import versions
 from regrow.app.vocabulary import make
 from regrow.atomic import replacing
 from regrow.method import Method, Need
@@ -358,23 +358,3 @@ def result(run: Run, data: datasets.Data) -> dict[str, Any]:
         "peak_rss_bytes": rss,
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions and processor that a result depends on."""
-    return {
-        "regrow": regrow.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

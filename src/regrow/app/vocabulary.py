@@ -104,7 +104,7 @@ def make(method: str, given: Mapping[str, str], steps: int) -> Method:
     Raises:
         ValueError: for an unknown method or option, or a value that does not parse, naming what there is.
     """
-    known = _known(method)
+    known = known_options(method)
     for name in given:
         if name not in known:
             raise ValueError(f"{method} has no option {name}: it has {', '.join(known) or 'none'}")
@@ -121,7 +121,12 @@ def make(method: str, given: Mapping[str, str], steps: int) -> Method:
     return RECIPES[method](*density, **values)
 
 
-def _known(method: str) -> dict[str, Option]:
+def known_options(method: str) -> dict[str, Option]:
+    """The options of a method that may not exist.
+
+    Raises:
+        ValueError: naming the methods there are.
+    """
     if method not in RECIPES:
         raise ValueError(f"there is no method {method!r}: choose {', '.join(RECIPES)}")
     return options(method)
