@@ -111,7 +111,9 @@ def test_no_share_at_all_means_proportional_to_capacity(capacity: list[int], dat
         ([1, 1, 2], 10, [2, 100, 100], [2, 3, 5]),
         ([1, 1, 1], 2, [5, 5, 5], [1, 1, 0]),
         ([1, 2, 2], 3, [9, 9, 9], [1, 1, 1]),
+        ([1, 3], 2, [9, 9], [0, 2]),
         ([3, 3], 3, [4, 5], [1, 2]),
+        ([10.9, 0.3, 8.8], 20, [10, 20, 20], [10, 0, 10]),
         ([0, 1], 5, [9, 3], [2, 3]),
         ([0, 0, 1], 6, [2, 4, 3], [1, 2, 3]),
         ([0.29, 0.71], 100, [1000, 1000], [29, 71]),
@@ -349,6 +351,7 @@ def test_total_is_the_rounded_density_of_the_budget() -> None:
     """Property 17: entries outside are charged to the budget."""
     assert [Weights((weight("a", (1, 100)),)).total(d) for d in (0.29, 0.125, 1.0)] == [29, 13, 100]  # type: ignore[arg-type]
     assert Weights((weight("a", (1, 100)),), 50, 50).total(0.5) == 25  # type: ignore[arg-type]
+    assert Weights((weight("a", (1, 100)),), 50, 0).total(0.5) == 75  # type: ignore[arg-type]
     assert Weights((weight("a", (1, 100)),), 50, 0).total(1.0) == 100  # type: ignore[arg-type]
 
 

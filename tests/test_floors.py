@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 FLOORS = [
-    {"streams", "selection", "atomic"},
+    {"streams", "selection", "atomic", "optimizers"},
     {"topology"},
     {"weight", "validation", "table"},
     {"method"},

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Changes]] = {
     },
     "set": SHARED
     | {
+        "begin": [({"begin": 5}, FIRST), ({"begin": 6}, FIRST, {"anneal": "cosine"})],
         "until": [({"until": 12}, FOURTH), ({"until": 7}, 9)],
         "anneal": [({"anneal": "cosine"}, FIRST), ({"anneal": "linear"}, FIRST), ({"anneal": "inverse_power"}, FIRST)],
         "drop": [({"drop": "per_sign"}, FIRST)],

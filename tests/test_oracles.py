@@ -489,11 +489,12 @@ def test_after_drops_stepped_weights_and_grows_by_the_gradient_before(seed: int)
         assert set(np.flatnonzero(found[n])) == set(kept) | set(grown)
 
 
-def test_adam_newcomers_start_with_a_second_moment() -> None:
-    """Properties 11 and 12: first moment 0, second the larger of the layer's mean and the squared gradient."""
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_adam_newcomers_start_with_a_second_moment(name: str) -> None:
+    """Properties 11 and 12: first moment 0, second the layer's mean or the square of a gradient that growth saw."""
     model = network("mlp", 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    method = RECIPES["rigl"](0.4, until=9, interval=5, fraction=0.5, regrow_dropped="keep")
+    method = RECIPES[name](0.4, until=9, interval=5, fraction=0.5, timing="instead")
     sparsifier = regrow.sparsify(model, optimizer, method)
     for batch in batches("mlp", 0)[:5]:
         old = masks(sparsifier)
@@ -512,7 +513,8 @@ def test_adam_newcomers_start_with_a_second_moment() -> None:
         assert not first[~stay].any()
         assert not second[~new].any()
         typical = before["exp_avg_sq"][old[n]].mean()
-        np.testing.assert_allclose(second[fresh], np.maximum(typical, g[n][fresh] ** 2), rtol=1e-12)
+        start = np.maximum(typical, g[n][fresh] ** 2) if name == "rigl" else typical
+        np.testing.assert_allclose(second[fresh], start, rtol=1e-12)
 
 
 def test_snip_leaves_values_and_step_counts_alone() -> None:

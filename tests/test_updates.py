@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import regrow
 from regrow.allocation import globally, uniform
-from regrow.drops import lowest
+from regrow.drops import lowest, lowest_per_sign
 from regrow.growth import at_random, gradient, highest
 from regrow.method import Growth, Method, Need, Regrow, Rule, Start
 from regrow.schedules import Schedule, constant, cubic
@@ -157,6 +157,15 @@ def test_forbid_drops_no_more_than_can_be_grown() -> None:
     weight = Fake([5, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4], [9, 9, 9, 9, 9, 1])
     run(drop_and_grow(constant(0.8), lowest(magnitude), highest(gradient), regrow_dropped="forbid"), together(weight))
     assert weight.active() == {0, 2, 3, 4, 5}
+
+
+def test_forbid_takes_back_what_a_drop_removes_beyond_the_room() -> None:
+    """Property 7: dropping by sign removes every zero, and here only one entry is free."""
+    weight = Fake([5, 0, 0, 0, -4, 0], [0, 1, 2, 3, 4], [9, 9, 9, 9, 9, 1])
+    run(drop_and_grow(constant(0.2), lowest_per_sign, highest(gradient), regrow_dropped="forbid"), together(weight))
+    assert weight.topology.nnz == 5
+    assert 5 in weight.active()
+    assert weight.active() > {1, 2, 3}
 
 
 def test_zero_gradients_still_conserve_the_count() -> None:

@@ -46,9 +46,10 @@ def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
         raise ValueError(
             f"{len(capacity)} weights hold at most {sum(capacity):,} entries, so {total:,} cannot be placed"
         )
-    exact = _fill(list(shares), total, capacity)
+    largest = max(shares, default=0.0) or 1.0
+    exact = _fill([s / largest for s in shares], total, capacity)
     counts = [min(c, math.floor(x + 1e-9)) for x, c in zip(exact, capacity, strict=True)]
-    order = sorted(range(len(counts)), key=lambda i: (counts[i] - exact[i], -shares[i], -capacity[i]))
+    order = sorted(range(len(counts)), key=lambda i: (round(counts[i] - exact[i], 9), -shares[i], -capacity[i]))
     while short := total - sum(counts):
         for i in [i for i in order if counts[i] < capacity[i]][:short]:
             counts[i] += 1
@@ -64,10 +65,10 @@ def _fill(shares: list[float], total: int, capacity: Sequence[int]) -> list[floa
         if weight == 0:
             shares = [float(capacity[i]) if i in open_ else s for i, s in enumerate(shares)]
             weight = math.fsum(shares[i] for i in open_) or 1.0
-        scale = rest / weight
-        full = {i for i in open_ if shares[i] * scale >= capacity[i]}
+        exact = {i: rest * (shares[i] / weight) for i in open_}
+        full = {i for i in open_ if exact[i] >= capacity[i]}
         if not full:
-            return [shares[i] * scale if i in open_ else float(c) for i, c in enumerate(capacity)]
+            return [exact.get(i, float(c)) for i, c in enumerate(capacity)]
         open_ = [i for i in open_ if i not in full]
 
 
@@ -177,7 +178,8 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
             raise ValueError(
                 f"explicit: no density for {', '.join(weights[i].name for i in others)}: add globs, or rest="
             )
-        if total is not None and (held > total or (not others and total - held > len(weights))):
+        excess = 0 if total is None else held - total if others else abs(held - total) - len(weights)
+        if excess > 0:
             raise ValueError(
                 f"explicit: the given densities make {held:,} active entries, the density asks for {total:,}: "
                 "change one, or leave the density out (None)"
@@ -207,7 +209,8 @@ def _require_matches(densities: Mapping[str, float], weights: Sequence[Sized]) -
 def matches(pattern: str, name: str) -> bool:
     """Whether a glob fits a parameter's canonical name, with or without block number, or its module's name."""
     bare = name.partition("[")[0]
-    return any(fnmatchcase(candidate, pattern) for candidate in (name, bare, bare.rpartition(".")[0]))
+    # A block's own name reads as a character class in a glob, so it is also compared as it is.
+    return pattern == name or any(fnmatchcase(n, pattern) for n in (name, bare, bare.rpartition(".")[0]))
 
 
 def counts(allocate: Allocation, shapes: Mapping[str, tuple[int, ...]], density: float | None) -> dict[str, int]:

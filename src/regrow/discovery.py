@@ -6,7 +6,8 @@ Never: biases, norm parameters, embeddings, depthwise convolutions. A tied param
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,7 +20,6 @@ Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _GATES = {"RNN": 1, "RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
-_CELL_GATES: dict[type[nn.Module], int] = {nn.RNNCell: 1, nn.GRUCell: 3, nn.LSTMCell: 4}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,13 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name with its canonical form, or with itself where two would share one."""
+    short = {name: canonical(name) for name in names}
+    uses = Counter(short.values())
+    return {name: name if uses[form] > 1 else form for name, form in short.items()}
+
+
 def find(
     model: nn.Module, skip: Selector | Sequence[Selector] = (), only: Selector | Sequence[Selector] | None = None
 ) -> tuple[list[Found], list[Excluded]]:
@@ -79,8 +86,8 @@ def find(
         if reason is None:
             found.append(c)
         else:
-            shared = reason.startswith("shared")
-            excluded.append(Excluded(c.name, tuple(c.parameter.shape), c.parameter.numel(), reason, not shared))
+            in_budget = id(c.parameter) not in owners
+            excluded.append(Excluded(c.name, tuple(c.parameter.shape), c.parameter.numel(), reason, in_budget))
     if not found:
         why = (
             "; ".join(f"{e.name}: {e.reason}" for e in excluded)
@@ -117,6 +124,7 @@ def _reason(found: Found, skips: list[Selector], onlys: list[Selector] | None, o
 
 
 def _candidates(model: nn.Module) -> list[Found]:
+    names = canonical_names(name for name, _ in model.named_parameters(remove_duplicate=False))
     seen: set[int] = set()
     candidates = []
     for path, module in model.named_modules():
@@ -127,7 +135,7 @@ def _candidates(model: nn.Module) -> list[Found]:
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{path}.{attribute} has no shape yet: run one batch through the lazy module first")
             seen.add(id(parameter))
-            name = canonical(f"{path}.{attribute}" if path else attribute)
+            name = names[f"{path}.{attribute}" if path else attribute]
             candidates.append(Found(name, parameter, module, blocks, out_axis, in_axis))
     return candidates
 
@@ -146,9 +154,10 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, int, int]]:
         for attribute, _ in module.named_parameters(recurse=False):
             if attribute.startswith("weight_"):
                 yield attribute, 1 if attribute.startswith("weight_hr") else _GATES[module.mode], 0, 1
-    elif type(module) in _CELL_GATES:
+    elif isinstance(module, nn.RNNCellBase):
+        gates = module.weight_ih.shape[0] // module.hidden_size
         for attribute in ("weight_ih", "weight_hh"):
-            yield attribute, _CELL_GATES[type(module)], 0, 1
+            yield attribute, gates, 0, 1
 
 
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:

@@ -6,10 +6,23 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from regrow.method import Drop, Score
 from regrow.topology import Topology
 from regrow.weight import SparseWeight
+
+
+def keep_highest(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+    """The `count` active entries of highest `score` (nnz,).
+
+    Raises:
+        ValueError: when a score is NaN, naming the weight.
+    """
+    try:
+        return weight.topology.keep(score, count)
+    except ValueError as error:
+        raise ValueError(f"{weight.name}: {error}") from None
 
 
 def lowest(score: Score) -> Drop:
@@ -21,7 +34,7 @@ def lowest(score: Score) -> Drop:
     def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
         kept = [w.topology.nnz - share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True)]
         return [
-            w.topology.keep(score(w), n) if n < w.topology.nnz else w.topology
+            keep_highest(w, score(w), n) if n < w.topology.nnz else w.topology
             for w, n in zip(weights, kept, strict=True)
         ]
 
@@ -42,6 +55,8 @@ def _per_sign(weight: SparseWeight, fraction: float) -> Topology:
     if fraction == 0:
         return weight.topology
     values = weight.values()
+    if bool(values.isnan().any()):
+        raise ValueError(f"{weight.name}: {int(values.isnan().sum()):,} of {values.numel():,} values are NaN: diverged")
     indices = weight.topology.indices.to(values.device)
     kept = []
     for of_sign in (values > 0, values < 0):
@@ -52,5 +67,6 @@ def _per_sign(weight: SparseWeight, fraction: float) -> Topology:
 
 
 def share(fraction: float, nnz: int) -> int:
-    """floor(fraction nnz), with 1e-9 against the representation error of products like 0.29 x 100."""
-    return math.floor(fraction * nnz + 1e-9)
+    """floor(fraction nnz), forgiving the representation error of products like 0.29 x 100: 1e-9, or 4 ulp if more."""
+    exact = fraction * nnz
+    return min(nnz, math.floor(exact + max(1e-9, 4 * math.ulp(exact))))

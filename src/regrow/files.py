@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regrow.atomic import replacing
-from regrow.discovery import canonical
+from regrow.discovery import canonical_names
 from regrow.sparsifier import Sparsifier
 from regrow.topology import Topology
 
@@ -103,7 +103,9 @@ def load(path: str | Path, model: nn.Module) -> dict[str, Topology]:
 
 
 def _canonical_state(model: nn.Module) -> dict[str, Tensor]:
-    return {canonical(name): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    state = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    names = canonical_names(state)
+    return {names[name]: tensor for name, tensor in state.items()}
 
 
 def _aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:

@@ -64,6 +64,8 @@ class Rule(NamedTuple):
     due: Callable[[int], bool] = lambda step: True
     last: int | None = None
     """A step at which the act is due whatever gate is put around it: the end of a ramp."""
+    require: Callable[[Weights], object] = lambda weights: None
+    """Raises at once when these weights can never satisfy the rule."""
 
 
 Update = tuple[Rule, ...]
@@ -76,6 +78,8 @@ class Start(NamedTuple):
     make: Callable[[Weights], None]
     needs_gradient: bool = False
     """Whether one gradient must be there: it then takes the place of the first optimizer step."""
+    require: Callable[[Weights], object] = lambda weights: None
+    """Raises at once when these weights can never satisfy the start."""
 
 
 class Method(NamedTuple):

@@ -18,8 +18,11 @@ def momentum(decay: float) -> Observer:
     def observe(weight: SparseWeight) -> None:
         for first, block in weight.grad_blocks():
             if "momentum" not in weight.state:
-                weight.state["momentum"] = block.new_zeros(weight.topology.numel)
-            weight.state["momentum"][first : first + block.numel()].lerp_(block, 1 - decay)
+                # In half precision the mean of a constant gradient stalls on the way.
+                dtype = torch.promote_types(block.dtype, torch.float32)
+                weight.state["momentum"] = block.new_zeros(weight.topology.numel, dtype=dtype)
+            mean = weight.state["momentum"][first : first + block.numel()]
+            mean.lerp_(block.to(mean.dtype), 1 - decay)
 
     return observe
 

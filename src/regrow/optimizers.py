@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-ZERO_PRESERVING = frozenset({"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop"})
+ZERO_PRESERVING = frozenset({"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop"})
 """Optimizers of torch.optim that leave an entry at zero whose value, gradient and state are zero."""
 
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg"})
@@ -49,9 +51,43 @@ def gradient_scale(optimizer: Optimizer) -> float:
     return 1.0 if scale is None else float(scale)
 
 
-def has_closure(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a step is called with a closure, so that its gradients come from inside."""
-    return any(callable(a) and a is not optimizer for a in (*args, kwargs.get("closure")))
+StepArguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of an optimizer's step, the optimizer itself first."""
+
+
+def closure_of(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
+    """The closure that a step is called with, if any: its gradients then come from inside the step."""
+    return next((a for a in (*args, kwargs.get("closure")) if callable(a) and a is not optimizer), None)
+
+
+def with_closure(
+    closure: Callable[[], Any], optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> StepArguments:
+    """The arguments of a step with `closure` in the place of the one that they hold."""
+    old = closure_of(optimizer, args, kwargs)
+    return tuple(closure if a is old else a for a in args), {k: closure if v is old else v for k, v in kwargs.items()}
+
+
+def is_nested(optimizer: Optimizer) -> bool:
+    """Whether a step of this optimizer is under way already: a subclass that calls its base's step hooks twice.
+
+    Read from the call stack, since a step that failed half way would leave a counter behind.
+    """
+    return _steps_under_way(optimizer) > 1
+
+
+def is_stepping(optimizer: Optimizer) -> bool:
+    """Whether a step of this optimizer is under way."""
+    return _steps_under_way(optimizer) > 0
+
+
+def _steps_under_way(optimizer: Optimizer) -> int:
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+            count += 1
+        frame = cast(FrameType, frame.f_back)
+    return count
 
 
 def holder_of(name: str, parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> Optimizer:

@@ -21,7 +21,12 @@ def saliency(weight: SparseWeight) -> Tensor:
 
     Source: Lee et al. 2019, SNIP, section 4.1, equation 4 before its normalization, which changes no ranking.
     """
-    return (weight.values() * weight.grads()).abs()
+    return (_wide(weight.values()) * _wide(weight.grads())).abs()
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: products of small half-precision numbers would vanish."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def random(weight: SparseWeight) -> Tensor:

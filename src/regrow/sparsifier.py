@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,15 +15,23 @@ from regrow.discovery import Excluded, Selector, find
 from regrow.gradients import Loss, mean_gradient
 from regrow.method import Method, Need
 from regrow.observers import mark_explored
-from regrow.optimizers import gradient_scale, has_closure, holder_of, skips_step, stranger
+from regrow.optimizers import (
+    StepArguments,
+    closure_of,
+    gradient_scale,
+    holder_of,
+    is_nested,
+    is_stepping,
+    skips_step,
+    stranger,
+    with_closure,
+)
 from regrow.storage.masked import MaskedParameter
 from regrow.streams import Stream
 from regrow.table import table
 from regrow.topology import Topology
 from regrow.validation import require_choice
 from regrow.weight import Weights
-
-_log = logging.getLogger("regrow")
 
 
 def sparsify(
@@ -122,15 +129,16 @@ class Sparsifier:
         """Whether the first topologies are made; until then the model is not yet sparse."""
         self._parameters = list(parameters)
         self._stepped: set[int] = set()
-        self._inside = 0
         self._pending = False
         self._late = False
+        self._state_loaded = False
         self._hidden: dict[nn.Parameter, Tensor] = {}
         self._handles: list[Any] = []
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
             self._handles.append(optimizer.register_step_post_hook(self._after))
-        self._handles.append(_watch_for_strangers(self))
+            self._handles.append(optimizer.register_load_state_dict_post_hook(self._loaded))
+        _ALIVE.add(self)
 
     @property
     def nnz(self) -> int:
@@ -183,6 +191,7 @@ class Sparsifier:
         for parameter in self._parameters:
             parameter.remove()
         self._handles.clear()
+        _ALIVE.discard(self)
 
     def _begin(self, batches: Iterable[Any] | None, loss: Loss | None) -> None:
         needs_gradient = self.method.start.needs_gradient
@@ -190,31 +199,56 @@ class Sparsifier:
             raise ValueError("batches= and loss= belong together: give both or neither")
         if batches is not None and not needs_gradient:
             raise ValueError(f"{self.method.name} reads no gradient at its start: leave out batches= and loss=")
+        self.method.start.require(self.weights)
+        for rule in self.method.update:
+            rule.require(self.weights)
         if batches is not None and loss is not None:
             with mean_gradient(self.model, [p.parameter for p in self._parameters], batches, loss):
                 self._start()
         elif not needs_gradient:
             self._start()
-        else:
-            self.weights.total(1.0)
         self._prepare_next()
 
     def _start(self) -> None:
         self._draw_for(0)
+        if self.method.start.needs_gradient:
+            for parameter in self._parameters:
+                parameter.require_finite_gradient()
         self.method.start.make(self.weights)
         self.started = True
         self._changed()
 
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if skips_step(optimizer):
-            return
+    def _loaded(self, optimizer: Optimizer) -> None:
+        """State may come from a dense run; it is projected when all state dicts are loaded, at the next step."""
+        self._state_loaded = True
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepArguments | None:
+        if skips_step(optimizer) or is_nested(optimizer):
+            return None
+        closure = closure_of(optimizer, args, kwargs)
         with torch.no_grad():
             if not self._stepped or id(optimizer) in self._stepped:
-                self._open_step(has_closure(optimizer, args, kwargs))
+                self._open_step(late=closure is not None)
             self._stepped.add(id(optimizer))
-        self._inside += 1
+        return None if closure is None else with_closure(self._watched(closure), optimizer, args, kwargs)
 
-    def _open_step(self, has_closure: bool) -> None:
+    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure after which gradients are masked, and set aside where an update or the observer reads them."""
+
+        def watched() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                for parameter in self._parameters:
+                    parameter.release()
+                    if parameter.keep_dense:
+                        parameter.set_aside()
+                    parameter.mask_gradient()
+            return loss
+
+        return watched
+
+    def _open_step(self, late: bool) -> None:
+        """Begin a training step; `late` when its gradients come from a closure inside the optimizer's step."""
         if self._pending:
             self._finish(self.step)
         self._stepped = set()
@@ -222,7 +256,7 @@ class Sparsifier:
         step = self.step + 1
         self._draw_for(step)
         instead = not self.started or (self.method.timing == "instead" and self.method.due(step))
-        if has_closure and instead:
+        if late and instead:
             way_out = (
                 'pass timing="after" to the method' if self.started else "give batches= and loss= to regrow.sparsify"
             )
@@ -231,17 +265,16 @@ class Sparsifier:
                 f"allow: {way_out}"
             )
         for parameter in self._parameters:
-            parameter.project_if_changed()
+            parameter.project()
+            if self._state_loaded:
+                parameter.project_state()
             parameter.use_scale(gradient_scale(parameter.optimizer))
-        self._late = has_closure
-        if has_closure:
-            # The gradients of this step come from inside the optimizer: they are read when it has stepped.
-            for parameter in self._parameters:
-                parameter.capture = parameter.keep_dense
-        else:
+        self._state_loaded = False
+        self._late = late
+        if not late:
             self._read(step)
         if instead:
-            self._start_from_gradients() if not self.started else self._finish(step)
+            self._finish(step) if self.started else self._start()
             self._hide_gradients()
         for parameter in self._parameters:
             parameter.mask_gradient()
@@ -251,30 +284,19 @@ class Sparsifier:
         """Show the gradients of this step to the observer, and set them aside for an update that is due."""
         if not self.started:
             return
+        due = self.method.due(step)
+        if due:
+            for parameter in self._parameters:
+                parameter.require_finite_gradient()
         if self.method.observe is not None:
             for weight in self.weights:
                 if weight.has_grad:
                     self.method.observe(weight)
-        if self.method.due(step):
-            self._set_gradients_aside(step)
+        if due:
+            for parameter in self._parameters:
+                if parameter.keep_dense:
+                    parameter.set_aside()
             self._pending = self.method.timing == "after"
-
-    def _start_from_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.require_finite_gradient()
-        self.method.start.make(self.weights)
-        self.started = True
-        self._changed()
-
-    def _set_gradients_aside(self, step: int) -> None:
-        for parameter in self._parameters:
-            parameter.require_finite_gradient()
-        for parameter in self._parameters:
-            if parameter.keep_dense:
-                parameter.set_aside()
-        idle = [w.name for w in self.weights if not w.has_grad]
-        if idle:
-            _log.warning("step %d: no gradient reached %s: left as they are by the update", step, ", ".join(idle))
 
     def _finish(self, step: int) -> None:
         """Apply the update that is due at `step`."""
@@ -300,9 +322,8 @@ class Sparsifier:
                         parameter.grad = None
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if skips_step(optimizer):
+        if skips_step(optimizer) or is_nested(optimizer):
             return
-        self._inside -= 1
         with torch.no_grad():
             for parameter in (p for g in optimizer.param_groups for p in g["params"]):
                 if parameter in self._hidden and parameter.grad is None:
@@ -348,6 +369,7 @@ class Sparsifier:
             "updates": self.updates,
             "started": self.started,
             "seed": self.seed,
+            "shapes": {w.name: list(w.shape) for w in self.weights},
             "topologies": {w.name: w.topology.indices.cpu() for w in self.weights if w.topology.positions is not None},
             "state": {w.name: {key: value.cpu() for key, value in w.state.items()} for w in self.weights if w.state},
         }
@@ -361,11 +383,12 @@ class Sparsifier:
         if state.get("version") != 1:
             raise ValueError(f"this sparsifier state has version {state.get('version')}, this regrow reads version 1")
         shapes = {w.name: w.shape for w in self.weights}
-        strange = sorted((set(state["topologies"]) | set(state["state"])) - set(shapes))
-        if strange:
+        given = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        if given != shapes:
+            differing = sorted({name for name, _ in given.items() ^ shapes.items()})
             raise ValueError(
-                f"this sparsifier state is of another model: it has {', '.join(strange)}, "
-                f"the model has {', '.join(shapes)}"
+                f"this sparsifier state is of another model: {len(differing)} weights differ in name or shape "
+                f"({', '.join(differing[:3])}); sparsify the same model with the same skip= and only= first"
             )
         topologies = {name: Topology(shape, state["topologies"].get(name)) for name, shape in shapes.items()}
         with torch.no_grad():
@@ -378,6 +401,7 @@ class Sparsifier:
             for parameter in self._parameters:
                 parameter.release()
                 parameter.project()
+                parameter.project_state()
         self.step, self.updates = int(state["step"]), int(state["updates"])
         self.started, self.seed = bool(state["started"]), int(state["seed"])
         self._pending, self._late, self._stepped, self._hidden = False, False, set(), {}
@@ -400,18 +424,18 @@ def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _watch_for_strangers(sparsifier: Sparsifier) -> Any:
-    """Refuse a step by an optimizer that holds sparsified weights without our hooks, as a copied one does."""
-    watched = weakref.ref(sparsifier)
+_ALIVE: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
+"""All sparsifiers at work, for the one hook below."""
 
-    def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        owner = watched()
-        if owner is None or owner._inside or any(optimizer is o for o in owner.optimizers):
-            return
-        fault = stranger(optimizer, {id(p.parameter): p.weights[0].name for p in owner._parameters})
-        if fault is not None:
+
+def _refuse_strangers(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a step by an optimizer that holds sparsified weights without our hooks, as a copied one does."""
+    for sparsifier in list(_ALIVE):
+        if any(optimizer is o for o in sparsifier.optimizers):
+            continue
+        fault = stranger(optimizer, {id(p.parameter): p.weights[0].name for p in sparsifier._parameters})
+        if fault is not None and not any(is_stepping(o) for o in sparsifier.optimizers):
             raise RuntimeError(fault)
 
-    handle = register_optimizer_step_pre_hook(check)
-    weakref.finalize(sparsifier, handle.remove)
-    return handle
+
+register_optimizer_step_pre_hook(_refuse_strangers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from regrow.drops import keep_highest
 from regrow.method import Allocation, Score, Start
 from regrow.topology import Topology
 from regrow.weight import Weights
@@ -35,11 +36,14 @@ def random_topology(density: float | None, allocate: Allocation) -> Start:
 def by_score(density: float | None, score: Score, allocate: Allocation, *, needs_gradient: bool = False) -> Start:
     """The entries of highest `score` within the counts of `allocate`."""
 
+    def require(weights: Weights) -> int | None:
+        return None if density is None else weights.total(density)
+
     def make(weights: Weights) -> None:
         scores = [score(w) for w in weights]
-        counts = allocate(weights, scores, None if density is None else weights.total(density))
-        topologies = [w.topology.keep(s, n) for w, s, n in zip(weights, scores, counts, strict=True)]
+        counts = allocate(weights, scores, require(weights))
+        topologies = [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)]
         for weight, topology in zip(weights, topologies, strict=True):
             weight.rewire(topology)
 
-    return Start(make, needs_gradient)
+    return Start(make, needs_gradient, require)

@@ -124,6 +124,8 @@ class Topology:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Topology):
             return NotImplemented
+        if self is other:
+            return True
         if self.shape != other.shape or self.nnz != other.nnz:
             return False
         return self.is_dense or torch.equal(self.indices.cpu(), other.indices.cpu())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 
 from regrow import allocation
+from regrow.drops import keep_highest
 from regrow.method import Allocation, Drop, Growth, Regrow, Rule, Score, Statistic, Update
 from regrow.schedules import Schedule
 from regrow.topology import Topology
 from regrow.weight import SparseWeight, Weights
+
+_log = logging.getLogger("regrow")
 
 
 def prune(density: Schedule, score: Score, allocate: Allocation) -> Update:
@@ -23,9 +28,12 @@ def prune(density: Schedule, score: Score, allocate: Allocation) -> Update:
         total = min(weights.total(density(step)), weights.nnz)
         scores = [score(w) for w in weights]
         counts = allocate(weights, scores, total)
-        _rewire(weights, [_keep(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)])
+        _rewire(weights, [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)])
 
-    return (Rule(apply, last=density.until),)
+    def require(weights: Weights) -> None:
+        weights.total(density(density.until or 0))
+
+    return (Rule(apply, last=density.until, require=require),)
 
 
 def drop_and_grow(
@@ -46,7 +54,7 @@ def drop_and_grow(
         regrow_dropped: an entry that is dropped and grown at once may "keep" value and optimizer state (as in the
             code of RigL), have them "reset" to zero, or be "forbid"den; then no more is dropped than can be grown.
 
-    A weight that the last backward did not reach is left as it is.
+    A weight that the last backward did not reach is left as it is, with a line in the log `regrow`.
 
     Source: Evci et al. 2020, Rigging the Lottery, Algorithm 1; redistribution after Dettmers and Zettlemoyer
     2019, Sparse Networks from Scratch, section 3.
@@ -54,6 +62,9 @@ def drop_and_grow(
 
     def apply(weights: Weights, step: int) -> None:
         live = [w for w in weights if w.has_grad]
+        if len(live) < len(weights):
+            idle = ", ".join(w.name for w in weights if not w.has_grad)
+            _log.warning("step %d: no gradient reached %s: left as they are by the update", step, idle)
         free = [_room(w, w.topology) for w in live]
         share = fraction(step)
         shares = [
@@ -81,7 +92,7 @@ def _grown(
         return dropped
     shares = [redistribute(w) for w in live]
     for weight, value in zip(live, shares, strict=True):
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise ValueError(f"{weight.name}: its share of the redistribution is {value}: training has diverged")
     return allocation.apportion(shares, sum(dropped), [_room(w, t) for w, t in zip(live, taken, strict=True)])
 
@@ -94,13 +105,6 @@ def _within(weight: SparseWeight, kept: Topology, room: int) -> Topology:
     """`kept` with as many of the dropped back as cannot be grown elsewhere, lowest positions first."""
     dropped = weight.topology.without(kept)
     return kept.add(dropped[: max(0, dropped.numel() - room)])
-
-
-def _keep(weight: SparseWeight, score: object, count: int) -> Topology:
-    try:
-        return weight.topology.keep(score, count)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"{weight.name}: {error}") from None
 
 
 def _rewire(weights: Sequence[SparseWeight], topologies: Sequence[Topology]) -> None:
@@ -152,4 +156,4 @@ def _gated(rule: Rule, interval: int, first: int, until: int) -> Rule:
         regular = first <= step < until and (step - first) % interval == 0
         return (regular and rule.due(step)) or step == rule.last
 
-    return Rule(rule.apply, due, rule.last)
+    return rule._replace(due=due)

@@ -17,6 +17,16 @@ from regrow.optimizers import SECOND_MOMENTS, forget_other_state, preserves_zero
 from regrow.streams import Stream
 from regrow.topology import Topology
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def zero_outside(tensor: Tensor, mask: Tensor) -> None:
+    """Zero `tensor` in place where `mask` (bool, its shape) is False, also what is not finite.
+
+    Multiplying the bits as integers is exact and three times as fast as multiplying the numbers.
+    """
+    tensor.detach().view(_BITS[tensor.element_size()]).mul_(mask)
+
 
 class MaskedParameter:
     """One dense parameter with its mask, its optimizer and its gradient, shared by its one or several weights.
@@ -36,18 +46,22 @@ class MaskedParameter:
         self.optimizer = optimizer
         self.keep_dense = False
         """Whether the coming backward passes leave the gradient at inactive positions in place."""
-        self.capture = False
-        """Whether they set it aside at once, as a step with a closure needs."""
         self.mask: Tensor | None = None
         self._held: Tensor | None = None
         self._scale = 1.0
         self._masked: tuple[weakref.ref[Tensor], int] | None = None
-        self._seen = -1
         rows = parameter.shape[0] // len(names)
         self.weights = [
             MaskedWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
         ]
-        self._handle = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+        accumulated = weakref.WeakMethod(self._accumulated)
+
+        def hook(parameter: Tensor) -> None:
+            """Weak, since the garbage collector does not see through a tensor's hooks."""
+            if (call := accumulated()) is not None:
+                call(parameter)
+
+        self._handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Detach from the parameter, which keeps its values."""
@@ -59,11 +73,11 @@ class MaskedParameter:
         if grad is None:
             return
         held, mask = self._held, self.mask
-        if held is not None and mask is not None and self._masked is not None and self._masked[0]() is grad:
+        if held is not None and mask is not None and self._is_masked(grad, later=1):
             # Inactive entries were zeroed when the gradient was set aside, so they hold what came since.
             self._held = torch.where(self.mask_on(grad.device), grad, held + grad)
-        elif held is not None or self.capture:
-            self._held = grad.detach().clone()
+        else:
+            self._held = None
         self._masked = None
         if not self.keep_dense or self._held is not None:
             self.mask_gradient()
@@ -71,12 +85,14 @@ class MaskedParameter:
     def mask_gradient(self) -> None:
         """Zero the gradient outside the topology, unless it is known to be so."""
         grad = self.parameter.grad
-        if grad is None or self.mask is None:
+        if grad is None or self.mask is None or self._is_masked(grad):
             return
-        if self._masked is not None and self._masked[0]() is grad and self._masked[1] == grad._version:
-            return
-        grad.mul_(self.mask_on(grad.device))
+        zero_outside(grad, self.mask_on(grad.device))
         self._masked = (weakref.ref(grad), grad._version)
+
+    def _is_masked(self, grad: Tensor, later: int = 0) -> bool:
+        """Whether `grad` is the gradient that was masked last, written to `later` times since."""
+        return self._masked is not None and self._masked[0]() is grad and self._masked[1] + later == grad._version
 
     def set_aside(self) -> None:
         """Keep a copy of the gradient at every position until `release`, and mask the parameter's own."""
@@ -92,7 +108,6 @@ class MaskedParameter:
         """Forget the gradient that was set aside."""
         self._held = None
         self._scale = 1.0
-        self.capture = False
 
     def gradient(self) -> Tensor:
         """The gradient at every position, of the parameter's shape.
@@ -132,23 +147,21 @@ class MaskedParameter:
             )
 
     def project(self) -> None:
-        """Zero values and optimizer state outside the topology."""
+        """Zero values outside the topology, whoever wrote them."""
         if self.mask is not None:
-            for tensor in (self.parameter.detach(), *weight_shaped_state(self.optimizer, self.parameter).values()):
-                tensor.masked_fill_(~self.mask_on(tensor.device), 0)
-        self._seen = self.parameter._version
+            zero_outside(self.parameter, self.mask_on(self.parameter.device))
 
-    def project_if_changed(self) -> None:
-        """Project when someone other than the optimizer wrote to the parameter, as loading a checkpoint does."""
-        if self.parameter._version != self._seen:
-            self.project()
+    def project_state(self) -> None:
+        """Zero optimizer state outside the topology."""
+        if self.mask is not None:
+            for state in weight_shaped_state(self.optimizer, self.parameter).values():
+                zero_outside(state, self.mask_on(state.device))
 
     def stepped(self) -> None:
-        """Note that the optimizer stepped; project unless it is known to leave zeros at zero."""
-        if preserves_zeros(self.optimizer):
-            self._seen = self.parameter._version
-        else:
+        """Project after the optimizer's step, unless it is known to leave zeros at zero."""
+        if not preserves_zeros(self.optimizer):
             self.project()
+            self.project_state()
 
     def mask_on(self, device: torch.device) -> Tensor:
         """The mask, moved along where the model was moved."""
@@ -201,7 +214,6 @@ class MaskedWeight:
         block = self._block(self.owner.parameter).clone()
         block[self.topology.indices.to(block.device)] = values.to(block)
         self.owner.parameter.detach()[self.rows] = block.view(self.shape)
-        self.owner._seen = self.owner.parameter._version
 
     def grads(self) -> Tensor:
         """Gradients at the active entries, (nnz,)."""
@@ -213,20 +225,21 @@ class MaskedWeight:
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
+        if topology == self.topology:
+            return
         topology = topology.to(self.owner.parameter.device)
         old, mask = self.topology, topology.mask.to(self.owner.parameter.device)
-        gone = ~mask if old.is_dense else ~(mask & old.mask.to(mask.device))
+        survivors = mask if old.is_dense else mask & old.mask.to(mask.device)
         forget_other_state(self.owner.optimizer, self.owner.parameter)
         state = weight_shaped_state(self.owner.optimizer, self.owner.parameter)
         moments = {key: self._starting_moment(s, topology) for key, s in state.items() if key in SECOND_MOMENTS}
         for tensor in (self.owner.parameter.detach(), *state.values()):
-            tensor[self.rows].masked_fill_(gone.to(tensor.device), 0)
+            zero_outside(tensor[self.rows], survivors.to(tensor.device))
         for key, (positions, moment) in moments.items():
             block = self._block(state[key]).clone()
             block[positions.to(block.device)] = moment
             state[key][self.rows] = block.view(self.shape)
         self.owner.write_mask(self.rows, mask)
-        self.owner._seen = self.owner.parameter._version
         self.topology = topology
 
     def restore(self, topology: Topology) -> None:
