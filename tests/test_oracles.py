@@ -126,7 +126,9 @@ def share_out(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
         room -= capacity[worst]
         open_.remove(worst)
     counts = np.floor(exact + 1e-9).astype(int)
-    for i in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+    # Equal remainders differ by rounding noise, so they are compared to nine digits.
+    order = np.lexsort((-np.asarray(capacity), -np.asarray(shares, dtype=float), np.round(counts - exact, 9)))
+    for i in order[: total - counts.sum()]:
         counts[i] += 1
     return counts.tolist()
 
