@@ -66,6 +66,7 @@ def cases() -> list[Case]:
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4),
+    "AdamW, fused": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True),
 }
 
 

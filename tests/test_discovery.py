@@ -414,3 +414,20 @@ def test_transposed_convolutions_read_their_axes():
     first, second = sparsifier.weights
     assert (first.shape[first.out_axis], first.shape[first.in_axis]) == (4, 6)
     assert (second.shape[second.out_axis], second.shape[second.in_axis]) == (4, 6)
+
+
+def test_reparametrized_weights_are_listed_and_left_alone():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4))
+    found, excluded = find(model)
+    assert [f.name for f in found] == ["1.weight"]
+    assert [(e.name, e.numel, e.reason) for e in excluded] == [("0.weight", 30, "reparametrized")]
+
+
+def test_a_model_is_not_sparsified_twice():
+    model = nn.Linear(6, 6)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = sparsify(model, opt, methods.static(0.5))
+    with pytest.raises(ValueError, match=r"weight is already sparsified by static: call remove\(\)"):
+        sparsify(model, opt, methods.static(0.5))
+    first.remove()
+    assert sparsify(model, opt, methods.static(0.5)).nnz == 18

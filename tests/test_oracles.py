@@ -493,7 +493,7 @@ def test_after_drops_stepped_weights_and_grows_by_the_gradient_before(seed: int)
 
 @pytest.mark.parametrize("name", ["rigl", "set"])
 def test_adam_newcomers_start_with_a_second_moment(name: str) -> None:
-    """Properties 11 and 12: first moment 0, second the layer's mean or the square of a gradient that growth saw."""
+    """Properties 11 and 12: first moment 0, second the layer's mean or the (biased) square of its gradient."""
     model = network("mlp", 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     method = RECIPES[name](0.4, until=9, interval=5, fraction=0.5, timing="instead")
@@ -515,7 +515,8 @@ def test_adam_newcomers_start_with_a_second_moment(name: str) -> None:
         assert not first[~stay].any()
         assert not second[~new].any()
         typical = before["exp_avg_sq"][old[n]].mean()
-        start = np.maximum(typical, g[n][fresh] ** 2) if name == "rigl" else typical
+        biased = (1 - 0.999 ** float(state[n]["step"])) * g[n][fresh] ** 2
+        start = np.maximum(typical, biased) if name == "rigl" else typical
         np.testing.assert_allclose(second[fresh], start, rtol=1e-12)
 
 

@@ -6,11 +6,13 @@ Never: biases, norm parameters, embeddings, depthwise convolutions. A tied param
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from regrow.allocation import matches
 
@@ -80,7 +82,7 @@ def find(
             names = ", ".join(c.name for c in candidates) or "none"
             raise ValueError(f"{selector!r} matches none of the sparsifiable weights: {names}")
     owners = _owners(model, candidates)
-    found, excluded = [], []
+    found, excluded = [], _reparametrized(model)
     for c in candidates:
         reason = _reason(c, skips, onlys, owners.get(id(c.parameter)))
         if reason is None:
@@ -162,6 +164,18 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, int, int]]:
 
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def _reparametrized(model: nn.Module) -> list[Excluded]:
+    """Weights that are computed from other parameters, as weight norm does: they cannot be zero by themselves."""
+    excluded = []
+    for path, module in model.named_modules():
+        for attribute, *_ in _weights_of(module):
+            if is_parametrized(module, attribute):
+                shape = tuple(getattr(module, attribute).shape)
+                name = canonical(f"{path}.{attribute}" if path else attribute)
+                excluded.append(Excluded(name, shape, math.prod(shape), "reparametrized", True))
+    return excluded
 
 
 def _owners(model: nn.Module, candidates: list[Found]) -> dict[int, str]:

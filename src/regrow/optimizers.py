@@ -39,6 +39,13 @@ def forget_other_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
         del optimizer.state[parameter]
 
 
+def second_moment_bias(optimizer: Optimizer, parameter: nn.Parameter) -> float:
+    """What a constant squared gradient has become in the second moment by now: 1 - beta2^t in Adam's family, else 1."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    step = optimizer.state.get(parameter, {}).get("step")
+    return 1.0 if "betas" not in group or step is None else 1 - float(group["betas"][1]) ** float(step)
+
+
 def skips_step(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer is about to skip this step inside, because a gradient scaler found an overflow."""
     found_inf = getattr(optimizer, "found_inf", None)

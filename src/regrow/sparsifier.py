@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from regrow.discovery import Excluded, Selector, find
+from regrow.discovery import Excluded, Found, Selector, find
 from regrow.gradients import Loss, mean_gradient
 from regrow.method import Method, Need
 from regrow.observers import mark_explored
@@ -85,6 +85,7 @@ def sparsify(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     found, excluded = find(model, skip, only)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
+    _require_unsparsified(found)
     owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
     with torch.no_grad():
         parameters = [
@@ -97,6 +98,16 @@ def sparsify(
             sparsifier.remove()
             raise
     return sparsifier
+
+
+def _require_unsparsified(found: Sequence[Found]) -> None:
+    for sparsifier in _ALIVE:
+        taken = {id(p.parameter) for p in sparsifier._parameters}
+        for f in found:
+            if id(f.parameter) in taken:
+                raise ValueError(
+                    f"{f.name} is already sparsified by {sparsifier.method.name}: call remove() on its sparsifier first"
+                )
 
 
 class Sparsifier:
@@ -227,7 +238,9 @@ class Sparsifier:
             return None
         closure = closure_of(optimizer, args, kwargs)
         with torch.no_grad():
-            if not self._stepped or id(optimizer) in self._stepped:
+            # A backward since the last step begins a new one, also where a scaler made one optimizer skip.
+            fresh = any(parameter.fresh for parameter in self._parameters)
+            if fresh or not self._stepped or id(optimizer) in self._stepped:
                 self._open_step(late=closure is not None)
             self._stepped.add(id(optimizer))
         return None if closure is None else with_closure(self._watched(closure), optimizer, args, kwargs)
@@ -265,6 +278,7 @@ class Sparsifier:
                 f"allow: {way_out}"
             )
         for parameter in self._parameters:
+            parameter.fresh = False
             parameter.project()
             if self._state_loaded:
                 parameter.project_state()
@@ -329,6 +343,7 @@ class Sparsifier:
                 if parameter in self._hidden and parameter.grad is None:
                     parameter.grad = self._hidden.pop(parameter)
             for stored in self._parameters:
+                stored.fresh = False
                 if stored.optimizer is optimizer:
                     stored.stepped()
             if len(self._stepped) == len(self.optimizers):

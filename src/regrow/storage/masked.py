@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.optimizers import SECOND_MOMENTS, forget_other_state, preserves_zeros, weight_shaped_state
+from regrow.optimizers import (
+    SECOND_MOMENTS,
+    forget_other_state,
+    preserves_zeros,
+    second_moment_bias,
+    weight_shaped_state,
+)
 from regrow.streams import Stream
 from regrow.topology import Topology
 
@@ -46,6 +52,8 @@ class MaskedParameter:
         self.optimizer = optimizer
         self.keep_dense = False
         """Whether the coming backward passes leave the gradient at inactive positions in place."""
+        self.fresh = False
+        """Whether a backward came since the last step began."""
         self.mask: Tensor | None = None
         self._held: Tensor | None = None
         self._scale = 1.0
@@ -72,6 +80,7 @@ class MaskedParameter:
         grad = parameter.grad
         if grad is None:
             return
+        self.fresh = True
         held, mask = self._held, self.mask
         if held is not None and mask is not None and self._is_masked(grad, later=1):
             # Inactive entries were zeroed when the gradient was set aside, so they hold what came since.
@@ -258,5 +267,6 @@ class MaskedWeight:
         start = (active.mean() if active.numel() else active.new_zeros(())).expand(positions.numel())
         if self.owner._held is not None:
             grown = self._block(self.owner.gradient())[positions.to(moment.device)].to(moment.dtype)
-            start = torch.maximum(start, grown**2)
+            factor = second_moment_bias(self.owner.optimizer, self.owner.parameter)
+            start = torch.maximum(start, factor * grown**2)
         return positions, start
