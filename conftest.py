@@ -6,12 +6,14 @@ import os
 import tempfile
 from typing import Any
 
+import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 
 def enter(namespace: dict[str, Any]) -> None:
     """Work in an empty folder, since examples write files."""
+    torch.set_num_threads(1)
     namespace["_folder"], namespace["_before"] = tempfile.TemporaryDirectory(), os.getcwd()
     os.chdir(namespace["_folder"].name)
 

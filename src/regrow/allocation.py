@@ -35,7 +35,7 @@ def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
     Raises:
         ValueError: for a share that is negative or not finite (named by its place), or a total that does not fit.
 
-    Example:
+    Examples:
         >>> apportion([1, 1, 2], 10, [2, 100, 100])
         [2, 3, 5]
     """
@@ -160,7 +160,7 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
         ValueError: from the allocation, for a glob that matches nothing, a weight without density, or a total that
             the given densities exceed (or, where they cover every weight, contradict).
 
-    Example:
+    Examples:
         >>> shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
         >>> counts(explicit({"fc1": 0.02, "fc3": 1.0}, rest=uniform), shapes, 0.05)
         {'fc1': 4704, 'fc2': 7606, 'fc3': 1000}
@@ -218,7 +218,7 @@ def counts(allocate: Allocation, shapes: Mapping[str, tuple[int, ...]], density:
 
     Shapes are read as (out, in, ...). Density None leaves it to an `explicit` allocation.
 
-    Example:
+    Examples:
         >>> counts(erk, {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}, 0.02)
         {'fc1': 3621, 'fc2': 1336, 'fc3': 367}
     """

@@ -33,7 +33,7 @@ def save(sparsifier: Sparsifier, path: str | Path) -> None:
     Raises:
         FileNotFoundError: when the folder does not exist.
 
-    Example:
+    Examples:
         >>> import tempfile, regrow
         >>> model = nn.Linear(20, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

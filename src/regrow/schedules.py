@@ -41,7 +41,7 @@ def cosine(value: float, until: int, begin: int = 0) -> Schedule:
     Source: Evci et al. 2020, Rigging the Lottery, section 3, (2) Update schedule. With a `begin` the paper's code
     reaches zero `begin` steps early; here p is shifted, so that the value at `until` is 0 in any case.
 
-    Example:
+    Examples:
         >>> cosine(0.3, until=25_000)(12_500)
         0.15
     """

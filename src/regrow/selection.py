@@ -20,7 +20,7 @@ def highest(score: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: when a score is NaN or `count` lies outside [0, n].
 
-    Example:
+    Examples:
         >>> highest(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0]), 3)
         tensor([1, 2, 3])
     """

@@ -31,7 +31,7 @@ from regrow.streams import Stream
 from regrow.table import table
 from regrow.topology import Topology
 from regrow.validation import require_choice
-from regrow.weight import Weights
+from regrow.weight import StoredParameter, Weights
 
 
 def sparsify(
@@ -72,7 +72,7 @@ def sparsify(
         ValueError: nothing to sparsify, an infeasible budget, a weight in none or in two of the optimizers, an
             option that does not apply.
 
-    Example:
+    Examples:
         >>> from regrow import methods
         >>> model = nn.Linear(20, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -121,7 +121,7 @@ class Sparsifier:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         method: Method,
-        parameters: Sequence[MaskedParameter],
+        parameters: Sequence[StoredParameter],
         excluded: Sequence[Excluded],
         outside: int,
         seed: int,
@@ -407,12 +407,11 @@ class Sparsifier:
             )
         topologies = {name: Topology(shape, state["topologies"].get(name)) for name, shape in shapes.items()}
         with torch.no_grad():
-            for weight in (w for p in self._parameters for w in p.weights):
+            for weight in self.weights:
                 weight.restore(topologies[weight.name])
-                device = weight.owner.parameter.device
-                weight.state = {
-                    key: value.clone().to(device) for key, value in state["state"].get(weight.name, {}).items()
-                }
+                device = weight.values().device
+                kept = state["state"].get(weight.name, {})
+                weight.state = {key: value.clone().to(device) for key, value in kept.items()}
             for parameter in self._parameters:
                 parameter.release()
                 parameter.project()

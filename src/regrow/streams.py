@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 class Stream:
     """A sequence of draws determined by `seed`, the weight's canonical `name` and the optimizer `step`.
 
-    Example:
+    Examples:
         >>> Stream(0, "fc.weight", 100).subset(10, 3).tolist()
         [0, 5, 9]
         >>> Stream(0, "fc.weight", 100).subset(10, 3).tolist()

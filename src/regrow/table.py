@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns under `head`; the first is aligned left, the others right.
 
-    Example:
+    Examples:
         >>> print(table(["layer", "active"], [["fc", "20"]]))
         layer  active
         fc         20

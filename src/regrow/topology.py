@@ -24,7 +24,7 @@ class Topology:
     Raises:
         ValueError: when positions are out of range, unsorted or repeated.
 
-    Example:
+    Examples:
         >>> topology = Topology((2, 3), torch.tensor([0, 4]))
         >>> topology.nnz, topology.numel, topology.mask.int().tolist()
         (2, 6, [[1, 0, 0], [0, 1, 0]])

@@ -132,7 +132,7 @@ def every(interval: int, update: Update, *, until: int, begin: int | None = None
 
     Source: Evci et al. 2020, Rigging the Lottery, Algorithm 1 ("t mod Delta T = 0 and t < T_end").
 
-    Example:
+    Examples:
         >>> rule, = every(100, (Rule(lambda weights, step: None),), until=300)
         >>> [step for step in range(400) if rule.due(step)]
         [100, 200]

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from regrow.streams import Stream
 from regrow.topology import Topology
@@ -53,6 +54,62 @@ class SparseWeight(Protocol):
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
+        ...
+
+    def restore(self, topology: Topology) -> None:
+        """Take on a saved topology; values and optimizer state are already those that were saved with it."""
+        ...
+
+
+class StoredParameter(Protocol):
+    """What the sparsifier asks of a storage about one parameter, which holds one weight or several blocks."""
+
+    parameter: nn.Parameter
+    optimizer: Optimizer
+    keep_dense: bool
+    """Whether the coming backward passes keep the gradient at inactive positions too."""
+    fresh: bool
+    """Whether a backward reached the parameter since the last step began."""
+
+    @property
+    def weights(self) -> Sequence[SparseWeight]:
+        """The weights that it holds."""
+        ...
+
+    def mask_gradient(self) -> None:
+        """Leave the optimizer a gradient of active entries only."""
+        ...
+
+    def set_aside(self) -> None:
+        """Keep what growth reads of the gradient until `release`."""
+        ...
+
+    def release(self) -> None:
+        """Forget what was set aside."""
+        ...
+
+    def use_scale(self, scale: float) -> None:
+        """Divide by `scale` whatever gradients are read."""
+        ...
+
+    def require_finite_gradient(self) -> None:
+        """Raise ValueError when the gradient that an update would read is not finite."""
+        ...
+
+    def project(self) -> None:
+        """Make sure that values are zero outside the topology."""
+        ...
+
+    def project_state(self) -> None:
+        """Make sure that optimizer state is zero outside the topology."""
+        ...
+
+    def stepped(self) -> None:
+        """The optimizer has stepped."""
+        ...
+
+    def remove(self) -> None:
+        """Take hooks off the parameter."""
         ...
 
 

@@ -162,7 +162,7 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
 def parse_allocation(text: str) -> Allocation:
     """A name, or GLOB=DENSITY pairs separated by commas with an optional rest=NAME.
 
-    Example:
+    Examples:
         >>> parse_allocation("erk") is allocation.erk
         True
         >>> shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}

@@ -11,7 +11,7 @@ from regrow.validation import require_density
 def dense() -> Method:
     """Ordinary dense training through the same code path: every entry active, no update.
 
-    Example:
+    Examples:
         >>> dense().due(100)
         False
     """
@@ -27,7 +27,7 @@ def static(density: float | None, *, allocate: Allocation = erk) -> Method:
 
     Source: Evci et al. 2020, Rigging the Lottery, section 4 ("Static").
 
-    Example:
+    Examples:
         >>> static(0.1).name
         'static'
     """

@@ -46,7 +46,7 @@ def rigl(
     Source: Evci et al. 2020, Rigging the Lottery: Making All Tickets Winners, Algorithm 1. No noise is added to the
     scores, inactive entries cannot survive the drop, and the first update is at `interval`, not at step 0.
 
-    Example:
+    Examples:
         >>> method = rigl(0.1, until=350)
         >>> [step for step in range(500) if method.due(step)]
         [100, 200, 300]
@@ -94,7 +94,7 @@ def set_(
     inspired by network science, Algorithm 1. Plain magnitude is the default: SET's and SNFS's authors found it
     the better drop. Counts are exact where the code of SET's successors draws every entry by itself.
 
-    Example:
+    Examples:
         >>> set_(0.1, until=350).timing
         'after'
     """
@@ -142,7 +142,7 @@ def snfs(
     optimizer state, where the code lets them inherit the dense momentum; the code's brake on nearly dense layers
     and its correction of inexact counts are not needed.
 
-    Example:
+    Examples:
         >>> snfs(0.1, until=350).needs
         <Need.EVERY_GRADIENT: 2>
     """

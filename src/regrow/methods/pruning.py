@@ -23,7 +23,7 @@ def snip(density: float | None, *, allocate: Allocation = globally) -> Method:
 
     Source: Lee et al. 2019, SNIP, Algorithm 1. The gradient is that of the loss alone; RigL's code adds L2.
 
-    Example:
+    Examples:
         >>> snip(0.1).start.needs_gradient
         True
     """
@@ -56,7 +56,7 @@ def gmp(
     Source: Zhu and Gupta 2017, To prune, or not to prune, section 3. Pruned entries do not come back; in
     TensorFlow's code they may, since it thresholds the raw weights.
 
-    Example:
+    Examples:
         >>> method = gmp(0.1, until=2500)
         >>> [step for step in range(3000) if method.due(step)]
         [1000, 2000, 2500]

@@ -44,7 +44,7 @@ def distance(a: Mapping[str, Topology], b: Mapping[str, Topology]) -> float:
     Raises:
         ValueError: when the two do not have the same weights and shapes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> a, b = Topology((4,), torch.tensor([0, 1])), Topology((4,), torch.tensor([1, 2]))
         >>> round(distance({"w": a}, {"w": b}), 4)
