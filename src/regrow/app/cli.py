@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -207,7 +208,10 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
             results.append((job, result))
             bar.update(task, advance=1, description=job.folder.name)
     table = comparison.write(out, todo, results, shlex.join(["regrow", *sys.argv[1:]]))
-    shown = Table(*comparison.HEAD, title=f"{config.data}: {results[0][1]['steps']:,} steps each")
+    title = f"{results[0][1]['data']}: {results[0][1]['steps']:,} steps each"
+    shown = Table(*comparison.HEAD, title=title, caption=comparison.MEANING, box=SIMPLE_HEAD, pad_edge=False)
+    for column in shown.columns:
+        column.no_wrap, column.justify = True, "left" if column.header == "method" else "right"
     for row in table:
         shown.add_row(*comparison.cells(row))
     _console.print(shown)

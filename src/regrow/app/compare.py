@@ -144,21 +144,17 @@ def _row(label: str, density: float | None, group: Sequence[Mapping[str, Any]]) 
     )
 
 
-HEAD = (
-    "method",
-    "density",
-    "active",
-    "test accuracy %",
-    "seeds",
-    "R_s",
-    "FLOPs inference",
-    "FLOPs training",
-    "seconds",
+HEAD = ("method", "density", "active", "accuracy %", "runs", "R_s", "f_S/f_D", "training", "seconds")
+
+
+MEANING = (
+    "accuracy on the test set, mean and standard deviation over runs; R_s: share of entries ever active; f_S/f_D: FLOPs "
+    "of a forward pass relative to the dense network's; training: FLOPs of training relative to its"
 )
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text, under `HEAD`; accuracy as mean ± standard deviation over the seeds."""
+    """A row as text, under `HEAD`: `MEANING` says what the columns are."""
     return (
         row.method,
         f"{row.realised:.4g}" if row.density is None else f"{row.density:g}",
@@ -181,7 +177,7 @@ def write(out: Path, jobs: Sequence[Job], results: Sequence[tuple[Job, Mapping[s
     lines += ["| " + " | ".join(cells(row)) + " |" for row in table]
     about = ordered[0][1]["versions"]
     setting = f"regrow {about['regrow']}, torch {about['torch']}, {about['processor']}"
-    note = f"`{command}`\n\n{ordered[0][1]['steps']:,} steps each; {setting}.\n\n"
+    note = f"`{command}`\n\n{ordered[0][1]['steps']:,} steps each; {setting}.\n\n{MEANING}.\n\n"
     write_text(out / "table.md", note + "\n".join(lines) + "\n")
     kept = [{"run": job.folder.name, **{k: v for k, v in result.items() if k != "layers"}} for job, result in ordered]
     write_text(out / "results.json", json.dumps({"command": command, "runs": kept}, indent=1) + "\n")

@@ -78,5 +78,5 @@ def draw(folder: Path, result: dict[str, Any]) -> None:
     pictures.density_per_layer([(n, w["numel"], w["nnz"]) for n, w in result["layers"].items()], folder / "density.png")
     if (folder / "connections.npz").exists():
         with np.load(folder / "connections.npz", allow_pickle=False) as file:
-            title = f"{result['method']}: outgoing connections per input pixel"
+            title = f"{result['method']} on {result['data']}, {result['density']:.3g} of the connections"
             pictures.connection_maps(file["steps"].tolist(), file["counts"], folder / "connections.png", title)

@@ -342,6 +342,7 @@ def result(run: Run, data: datasets.Data) -> dict[str, Any]:
     }
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
+        "data": data.name,
         "method": run.config.method,
         "seed": run.config.seed,
         "steps": run.steps,
