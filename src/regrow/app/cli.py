@@ -209,7 +209,7 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
             bar.update(task, advance=1, description=job.folder.name)
     table = comparison.write(out, todo, results, shlex.join(["regrow", *sys.argv[1:]]))
     title = f"{results[0][1]['data']}: {results[0][1]['steps']:,} steps each"
-    shown = Table(*comparison.HEAD, title=title, caption=comparison.MEANING, box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(*comparison.HEAD, title=title, caption=comparison.MEANING, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns:
         column.no_wrap, column.justify = True, "left" if column.header == "method" else "right"
     for row in table:

@@ -148,8 +148,8 @@ HEAD = ("method", "density", "active", "accuracy %", "runs", "R_s", "f_S/f_D", "
 
 
 MEANING = (
-    "accuracy on the test set, mean and standard deviation over runs; R_s: share of entries ever active; f_S/f_D: FLOPs "
-    "of a forward pass relative to the dense network's; training: FLOPs of training relative to its"
+    "accuracy on the test set, mean and standard deviation over runs; R_s: share of entries ever active; "
+    "f_S/f_D: FLOPs of a forward pass relative to the dense network's; training: FLOPs of training relative to its"
 )
 
 
