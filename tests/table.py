@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from regrow import methods
 from regrow.allocation import er, erk, globally, uniform
 from regrow.drops import lowest_per_sign
-from regrow.method import Method, Need
+from regrow.method import Method
 from regrow.redistribution import mean_magnitude, nonzeros
 from regrow.schedules import constant, linear
 
@@ -47,11 +47,6 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 CONSERVING = [name for name in METHODS if name.partition("-")[0] in ("static", "set", "snfs", "rigl")]
 """Methods whose total number of active entries never changes."""
-
-
-def needs_dense(method: Method) -> bool:
-    """Whether a compressed storage would have to hold something dense."""
-    return bool(method.needs & (Need.EVERY_GRADIENT | Need.DENSE_VALUES))
 
 
 Params = Iterable[nn.Parameter]

@@ -431,3 +431,11 @@ def test_a_model_is_not_sparsified_twice():
         sparsify(model, opt, methods.static(0.5))
     first.remove()
     assert sparsify(model, opt, methods.static(0.5)).nnz == 18
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_under_old_style_hooks_are_listed():
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 5)), nn.Linear(5, 4), nn.Linear(4, 0))
+    found, excluded = find(model)
+    assert [f.name for f in found] == ["1.weight"]
+    assert {(e.name, e.reason) for e in excluded} == {("0.weight", "reparametrized"), ("2.weight", "empty")}

@@ -25,10 +25,11 @@ from torch.optim import optimizer as torch_optimizer
 
 from regrow import Sparsifier, methods, sparsify
 from regrow.allocation import uniform
-from regrow.method import Method, Need
+from regrow.method import Method, Need, Rule
 from regrow.optimizers import ZERO_PRESERVING
 from regrow.schedules import constant
 from regrow.storage import masked
+from regrow.updates import chain, every
 from table import METHODS
 
 FUSED = ["sgd-fused", "adam-fused"]
@@ -148,24 +149,40 @@ def test_accumulation_equals_one_big_batch(method: str):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("timing", ["instead", "after"])
-@pytest.mark.parametrize("between", [0, 1, 2])
-def test_backward_after_mask_gradients(timing: Any, between: int):
-    """What arrives after mask_gradients() still counts for growth, and the parameter's own gradient stays masked."""
-    runs = []
+def test_a_backward_after_mask_gradients_is_refused():
+    """Under DDP its gradient is not yet reduced where it arrives, so each rank would grow elsewhere."""
+    model, _, sparsifier = start(rigl(interval=1))
+    loss_of(model, data(1)).backward()
+    sparsifier.mask_gradients()
+    sparsifier.mask_gradients()
+    with pytest.raises(RuntimeError, match=r"a backward came after mask_gradients\(\)"):
+        loss_of(model, data(2)).backward()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_what_is_set_aside_follows_the_clipping(name: str):
+    """A newcomer's second moment and the running mean are of the gradients that the optimizer sees."""
+    states = []
     for early in (False, True):
-        model, opt, sparsifier = start(rigl(interval=1, timing=timing))
-        x, y = data(1)
-        for i, (a, b) in enumerate(zip(x.chunk(4), y.chunk(4), strict=True)):
-            (loss_of(model, (a, b)) / 4).backward()
-            if early and i >= between:
+        model, opt, sparsifier = start(rigl(interval=3), name)
+        for i in range(4):
+            opt.zero_grad()
+            (loss_of(model, data(i)) * 300).backward()
+            if early:
                 sparsifier.mask_gradients()
-                assert not any(model.get_parameter(n).grad[~m].any() for n, m in masks(sparsifier).items())
-        opt.step()
-        runs.append((sparsifier.topologies, dict(model.state_dict())))
-    assert runs[0][0] == runs[1][0]
-    for name, value in runs[0][1].items():
-        torch.testing.assert_close(value, runs[1][1][name])
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            elif i == 2:
+                everywhere = {p: p.grad.clone() for p in model.parameters()}
+                sparsifier.mask_gradients()
+                norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+                for p, grad in everywhere.items():
+                    p.grad = grad / (norm + 1e-6)
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+        states.append([s for p in model.parameters() for s in (p.detach(), *opt.state[p].values())])
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -1185,3 +1202,159 @@ def test_snip_layer_by_layer():
 
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+# Situations found in review
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop])
+def test_an_eps_of_zero_leaves_inactive_entries_at_zero(make: Any):
+    model = mlp()
+    opt = make(model.parameters(), lr=1e-3, eps=0)
+    sparsifier = sparsify(model, opt, rigl())
+    for i in range(8):
+        train(model, opt, i)
+        require_zero_outside(model, opt, sparsifier)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_written_through_data_revive_nothing():
+    model, opt, sparsifier = start(rigl())
+    for i in range(4):
+        opt.zero_grad()
+        loss_of(model, data(i)).backward()
+        for p in model.parameters():
+            p.grad.data.add_(1.0)
+        opt.step()
+        require_zero_outside(model, opt, sparsifier)
+
+
+@pytest.mark.parametrize("timing", ["instead", "after"])
+@pytest.mark.parametrize("method", [rigl, set_])
+def test_one_of_two_optimizers_may_skip_steps(timing: Any, method: Any):
+    """As when a gradient scaler finds an overflow in one, or one steps every other iteration."""
+    model = mlp()
+    first, second = (torch.optim.SGD(model[i].parameters(), lr=0.05, momentum=0.9) for i in (0, 2))
+    sparsifier = sparsify(model, [first, second], method(timing=timing))
+    count = sparsifier.nnz
+    for i in range(20):
+        first.zero_grad()
+        second.zero_grad()
+        loss_of(model, data(i)).backward()
+        if i not in (1, 2, 7):
+            first.step()
+        if i % 2 == 0:
+            second.step()
+        require_zero_outside(model[:2], first, _part(sparsifier, "0"))
+        assert sum(int((model[j].weight != 0).sum()) for j in (0, 2)) <= count == sparsifier.nnz
+    assert sparsifier.updates in (5, 6)
+
+
+class _part:
+    def __init__(self, sparsifier: Sparsifier, layer: str) -> None:
+        self.topologies = {n: t for n, t in sparsifier.topologies.items() if n.startswith(layer)}
+
+
+def test_a_replaced_step_keeps_the_gradients_of_an_optimizer_that_does_not_step():
+    model = mlp()
+    first, second = (torch.optim.SGD(model[i].parameters(), lr=0.05) for i in (0, 2))
+    sparsify(model, [first, second], rigl(interval=1))
+    loss_of(model, data(0)).backward()
+    first.step()
+    assert model[2].weight.grad is not None and model[2].weight.grad.any()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_branch_that_is_not_routed_is_left_alone(set_to_none: bool):
+    model = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)]).double()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparsify(model, opt, rigl(interval=2))
+    before = sparsifier.topologies
+    for i, branch in enumerate((1, 0)):
+        opt.zero_grad(set_to_none=set_to_none)
+        F.cross_entropy(model[branch](data(i)[0]), data(i)[1]).backward()
+        opt.step()
+    after = sparsifier.topologies
+    assert after["0.weight"] != before["0.weight"] and after["1.weight"] == before["1.weight"]
+
+
+def test_someone_elses_wrapper_around_the_step_changes_nothing():
+    def logged(method: Any) -> Any:
+        def wrapper(self: Any, *args: Any) -> Any:
+            return method(self, *args)
+
+        return wrapper
+
+    model, opt, sparsifier = start(rigl())
+    for i in range(7):
+        loss_of(model, data(i)).backward()
+        logged(torch.optim.SGD.step)(opt)
+    assert (sparsifier.step, sparsifier.updates) == (7, 2)
+
+
+def test_two_sparsifiers_on_one_optimizer_are_refused():
+    model = mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = sparsify(model, opt, rigl(), only="0")
+    with pytest.raises(ValueError, match="the optimizer is already hooked by rigl"):
+        sparsify(model, opt, rigl(), only="2")
+    assert list(first.topologies) == ["0.weight"]
+
+
+def test_two_rules_run_each_at_its_own_steps():
+    ran: list[tuple[str, int]] = []
+    rules = [every(n, (Rule(lambda w, step, n=n: ran.append((str(n), step))),), until=13) for n in (3, 4)]
+    model, opt, _ = start(rigl()._replace(update=chain(*rules)))
+    for i in range(14):
+        train(model, opt, i)
+    assert ran == [("3", 3), ("4", 4), ("3", 6), ("4", 8), ("3", 9), ("3", 12), ("4", 12)]
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.004])
+def test_a_network_without_an_active_entry_is_refused(density: float):
+    for method in (methods.static(density), methods.snip(density), methods.gmp(density, until=9, interval=3)):
+        with pytest.raises(ValueError, match=r"makes none of the 100 sparsified ones active: the least .* is 0\.01"):
+            start(method)
+
+
+def test_a_state_without_a_key_or_of_another_method_changes_nothing():
+    for wrong in ({"step": None}, {"method": "static"}, {"topologies": {}}):
+        _, _, sparsifier = start(rigl())
+        before = masks(sparsifier)
+        state = {**sparsifier.state_dict(), **wrong}
+        state = {k: v for k, v in state.items() if v is not None}
+        with pytest.raises(ValueError, match="sparsifier"):
+            sparsifier.load_state_dict(state)
+        assert same(masks(sparsifier), before)
+
+
+@pytest.mark.parametrize(("optimizer", "method"), [(None, rigl()), ("sgd", rigl()), (0, methods.rigl)])
+def test_arguments_of_another_type_are_named(optimizer: Any, method: Any):
+    model = mlp()
+    given = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer == 0 else optimizer
+    with pytest.raises(TypeError, match="must be a"):
+        sparsify(model, given, method)
+
+
+def test_a_buffer_that_the_model_replaces_is_restored():
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 4)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen + 1
+            return super().forward(x)
+
+    model = Counting().double()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsify(model, opt, methods.snip(0.5), batches=[data(0), data(1)], loss=loss_of)
+    assert model.seen == 0
+
+
+def test_an_observer_that_is_missing_is_named():
+    method = methods.snfs(0.5, until=9, interval=2)._replace(observe=None)
+    model, opt, _ = start(method)
+    train(model, opt, 0)
+    with pytest.raises(ValueError, match=r"0\.weight has no running mean of gradients"):
+        train(model, opt, 1)

@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor, nn
 
 from regrow.allocation import matches
 
@@ -120,8 +119,8 @@ def _reason(found: Found, skips: list[Selector], onlys: list[Selector] | None, o
         return f"shared with {other_owner}"
     if isinstance(found.module, _CONVS + _TRANSPOSED) and found.module.groups == found.module.in_channels > 1:
         return "depthwise"
-    if not found.parameter.requires_grad:
-        return "frozen"
+    if not found.parameter.requires_grad or found.parameter.numel() == 0:
+        return "frozen" if found.parameter.numel() else "empty"
     return None
 
 
@@ -171,8 +170,9 @@ def _reparametrized(model: nn.Module) -> list[Excluded]:
     excluded = []
     for path, module in model.named_modules():
         for attribute, *_ in _weights_of(module):
-            if is_parametrized(module, attribute):
-                shape = tuple(getattr(module, attribute).shape)
+            value = getattr(module, attribute, None)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                shape = tuple(value.shape)
                 name = canonical(f"{path}.{attribute}" if path else attribute)
                 excluded.append(Excluded(name, shape, math.prod(shape), "reparametrized", True))
     return excluded

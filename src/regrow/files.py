@@ -27,8 +27,9 @@ FORMAT = 1
 def save(sparsifier: Sparsifier, path: str | Path) -> None:
     """Write the sparsifier's model to `path`, storing only the active entries of sparse weights.
 
-    The file holds, for each sparse weight, "values:NAME" (nnz,) and "positions:NAME" (nnz,) ascending flat
-    positions, int32 where they fit, else int64; for every other entry of the state dict "tensor:NAME".
+    The file holds, for each sparsified weight, "values:NAME" (nnz,) and, unless all entries are active,
+    "positions:NAME" (nnz,): ascending flat positions, int32 where they fit, else int64. Every other entry of the
+    state dict is "tensor:NAME".
 
     Raises:
         FileNotFoundError: when the folder does not exist.
@@ -47,11 +48,13 @@ def save(sparsifier: Sparsifier, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
     for weight in sparsifier.weights:
-        indices = weight.topology.indices.cpu()
-        fits = weight.topology.numel <= torch.iinfo(torch.int32).max
+        topology = weight.topology
+        fits = topology.numel <= torch.iinfo(torch.int32).max
         tensors[f"values:{weight.name}"] = weight.values().cpu().contiguous()
-        tensors[f"positions:{weight.name}"] = indices.to(torch.int32 if fits else torch.int64)
-        weights[weight.name] = {"shape": list(weight.shape), "parameter": weight.name.partition("[")[0]}
+        if not topology.is_dense:
+            tensors[f"positions:{weight.name}"] = topology.indices.cpu().to(torch.int32 if fits else torch.int64)
+        parameter = weight.name if weight.name in state else weight.name.rpartition("[")[0]
+        weights[weight.name] = {"shape": list(weight.shape), "parameter": parameter, "dense": topology.is_dense}
     sparse = {state[w["parameter"]].data_ptr() for w in weights.values()}
     aliases, first = _aliases(state)
     for name in first:
@@ -81,10 +84,7 @@ def load(path: str | Path, model: nn.Module) -> dict[str, Topology]:
     meta, tensors = _read(path)
     own = _canonical_state(model)
     try:
-        topologies = {
-            name: _topology(w, tensors[f"positions:{name}"], tensors[f"values:{name}"])
-            for name, w in meta["weights"].items()
-        }
+        topologies = {name: _topology(name, w, tensors) for name, w in meta["weights"].items()}
         parts: dict[str, list[Tensor]] = {}
         for name, weight in meta["weights"].items():
             parts.setdefault(str(weight["parameter"]), []).append(_dense(topologies[name], tensors[f"values:{name}"]))
@@ -146,10 +146,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return meta, tensors
 
 
-def _topology(weight: Mapping[str, Any], positions: Tensor, values: Tensor) -> Topology:
-    if positions.shape != values.shape:
-        raise ValueError(f"{positions.numel()} positions for {values.numel()} values")
-    return Topology(tuple(int(n) for n in weight["shape"]), positions.long())
+def _topology(name: str, weight: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Topology:
+    positions = None if weight["dense"] else tensors[f"positions:{name}"].long()
+    topology = Topology(tuple(int(n) for n in weight["shape"]), positions)
+    if tensors[f"values:{name}"].shape != (topology.nnz,):
+        raise ValueError(f"{tuple(tensors[f'values:{name}'].shape)} values for {topology.nnz} positions")
+    return topology
 
 
 def _dense(topology: Topology, values: Tensor) -> Tensor:

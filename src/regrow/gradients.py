@@ -24,7 +24,7 @@ def mean_gradient(
     Raises:
         ValueError: when `batches` is empty.
     """
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     grads = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in grads:
         parameter.grad = None
@@ -41,7 +41,7 @@ def mean_gradient(
                 parameter.grad.div_(count)
         yield
     finally:
-        for buffer, values in buffers:
-            buffer.copy_(values)
+        for module, name, buffer, values in buffers:
+            setattr(module, name, buffer.copy_(values))
         for parameter, grad in grads:
             parameter.grad = grad

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regrow import selection
 from regrow.method import Field, Growth
+from regrow.observers import momentum_of
 from regrow.topology import Topology
 from regrow.weight import SparseWeight
 
@@ -26,7 +27,7 @@ def momentum(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
 
     Source: Dettmers and Zettlemoyer 2019, Sparse Networks from Scratch, section 3.
     """
-    yield 0, weight.state["momentum"]
+    yield 0, momentum_of(weight)
 
 
 def at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
@@ -55,7 +56,7 @@ def highest(field: Field) -> Growth:
         best = torch.empty(0)
         for first, values in field(weight):
             score = values.abs() if values.dtype == torch.float64 else values.abs().float()
-            if not bool(score.isfinite().all()):
+            if not selection.is_finite(score):
                 bad = int((~score.isfinite()).sum())
                 raise ValueError(
                     f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the "
@@ -79,7 +80,6 @@ def _outside(score: Tensor, first: int, taken: Topology) -> Tensor:
     low, high = torch.searchsorted(
         taken.indices, torch.tensor([first, first + score.numel()], device=taken.indices.device)
     ).tolist()
-    score = score.clone() if score.numel() else score
     score[(taken.indices[low:high] - first).to(score.device)] = -1.0
     return score
 

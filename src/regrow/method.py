@@ -51,8 +51,6 @@ class Need(Flag):
     """The gradient at every position, at updates."""
     EVERY_GRADIENT = auto()
     """The gradient at every position, at every step."""
-    DENSE_VALUES = auto()
-    """Values at every position: the method starts dense."""
     EXPLORED = auto()
     """The set of positions that were ever active, for the exploration rate R_s."""
 

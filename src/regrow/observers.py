@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from regrow.method import Observer
 from regrow.weight import SparseWeight
@@ -27,11 +28,26 @@ def momentum(decay: float) -> Observer:
     return observe
 
 
+def momentum_of(weight: SparseWeight) -> Tensor:
+    """The running mean of gradients, (numel,).
+
+    Raises:
+        ValueError: when the method does not observe it.
+    """
+    if "momentum" not in weight.state:
+        raise ValueError(f"{weight.name} has no running mean of gradients: give the method observe=momentum(decay)")
+    return weight.state["momentum"]
+
+
 def mark_explored(weight: SparseWeight) -> None:
     """Add the present topology to state "explored", bool (numel,): every position that was ever active.
 
     Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, section 3.2.
     """
-    indices = weight.topology.indices
-    explored = weight.state.setdefault("explored", torch.zeros(weight.topology.numel, dtype=torch.bool))
-    explored[indices.to(explored.device)] = True
+    if weight.topology.is_dense:
+        weight.state["explored"] = torch.ones(weight.topology.numel, dtype=torch.bool)
+        return
+    if "explored" not in weight.state:
+        weight.state["explored"] = torch.zeros(weight.topology.numel, dtype=torch.bool)
+    explored = weight.state["explored"]
+    explored[weight.topology.indices.to(explored.device)] = True

@@ -14,14 +14,20 @@ from torch.optim import Optimizer
 ZERO_PRESERVING = frozenset({"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop"})
 """Optimizers of torch.optim that leave an entry at zero whose value, gradient and state are zero."""
 
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "sum"})
 """State by which torch's optimizers divide: from zero, a newcomer's first steps would be far too long."""
 
 
-def preserves_zeros(optimizer: Optimizer) -> bool:
-    """Whether zeros need no second look after each step; any optimizer that is not known gets one."""
+def preserves_zeros(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether zeros need no second look after each step; any optimizer that is not known gets one.
+
+    An eps that is zero, in half precision by rounding, makes 0 / 0 of an inactive entry.
+    """
     cls = type(optimizer)
-    return cls.__module__.startswith("torch.optim.") and cls.__name__ in ZERO_PRESERVING
+    if not cls.__module__.startswith("torch.optim.") or cls.__name__ not in ZERO_PRESERVING:
+        return False
+    least = torch.finfo(parameter.dtype).smallest_normal
+    return all(group.get("eps", 1.0) >= least for group in optimizer.param_groups)
 
 
 def weight_shaped_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -88,10 +94,14 @@ def is_stepping(optimizer: Optimizer) -> bool:
     return _steps_under_way(optimizer) > 0
 
 
+_STEP_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
+"""The code that torch wraps around every step, hooks included."""
+
+
 def _steps_under_way(optimizer: Optimizer) -> int:
     count, frame = 0, sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+        if frame.f_code is _STEP_CODE and frame.f_locals.get("self") is optimizer:
             count += 1
         frame = cast(FrameType, frame.f_back)
     return count

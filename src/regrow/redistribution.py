@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from regrow.observers import momentum_of
 from regrow.weight import SparseWeight
 
 
 def mean_momentum(weight: SparseWeight) -> float:
     """Mean |v| over active entries, with v from `observers.momentum`; 0 for an empty weight."""
-    momentum = weight.state["momentum"]
+    momentum = momentum_of(weight)
     return _mean(momentum[weight.topology.indices.to(momentum.device)].abs())
 
 

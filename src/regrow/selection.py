@@ -29,7 +29,7 @@ def highest(score: Tensor, count: int) -> Tensor:
         raise ValueError(f"cannot select {count:,} of {n:,} scores: ask for 0 to {n:,}")
     if score.dtype in (torch.float16, torch.bfloat16):
         score = score.float()
-    if score.is_floating_point() and bool(score.isnan().any()):
+    if score.is_floating_point() and not is_finite(score) and bool(score.isnan().any()):
         raise ValueError(
             f"{int(score.isnan().sum()):,} of {n:,} scores are NaN: training has diverged before this update"
         )
@@ -38,8 +38,13 @@ def highest(score: Tensor, count: int) -> Tensor:
     threshold = kth_largest(score, count)
     chosen = score > threshold
     ties = (score == threshold).nonzero().view(-1)
-    chosen[ties[: count - int(chosen.sum())]] = True
+    chosen[ties[: count - int(chosen.count_nonzero())]] = True
     return chosen.nonzero().view(-1)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all of `values` are finite; one sum decides unless it overflows, far faster than a look at each."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def kth_largest(score: Tensor, count: int) -> Tensor:

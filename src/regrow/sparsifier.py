@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -80,12 +81,14 @@ def sparsify(
         >>> sparsifier.nnz, int((model.weight != 0).sum())
         (20, 20)
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as methods.static(density=0.1), got {method!r}")
     require_choice("sparsify", "storage", storage, ("masked",))
     require_choice("sparsify", "budget", budget, ("sparsified", "model"))
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = _as_list(optimizer)
     found, excluded = find(model, skip, only)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
-    _require_unsparsified(found)
+    _require_free(found, optimizers)
     owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
     with torch.no_grad():
         parameters = [
@@ -100,14 +103,34 @@ def sparsify(
     return sparsifier
 
 
-def _require_unsparsified(found: Sequence[Found]) -> None:
-    for sparsifier in _ALIVE:
-        taken = {id(p.parameter) for p in sparsifier._parameters}
-        for f in found:
-            if id(f.parameter) in taken:
-                raise ValueError(
-                    f"{f.name} is already sparsified by {sparsifier.method.name}: call remove() on its sparsifier first"
-                )
+def _as_list(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    if not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {optimizer!r}")
+    return optimizers
+
+
+def _require_free(found: Sequence[Found], optimizers: Sequence[Optimizer]) -> None:
+    """Raise ValueError when another sparsifier is at work on a weight or in an optimizer."""
+    if _conflict(found, optimizers) is not None:
+        # It may belong to a model that was let go, as when a notebook's cell is run again.
+        gc.collect()
+    conflict = _conflict(found, optimizers)
+    if conflict is not None:
+        raise ValueError(conflict)
+
+
+def _conflict(found: Sequence[Found], optimizers: Sequence[Optimizer]) -> str | None:
+    for other in _ALIVE:
+        taken = [f.name for f in found if id(f.parameter) in other._names]
+        if taken:
+            return f"{taken[0]} is already sparsified by {other.method.name}: call remove() on its sparsifier first"
+        if any(o is theirs for o in optimizers for theirs in other.optimizers):
+            return (
+                f"the optimizer is already hooked by {other.method.name}: sparsify all of its weights in one call, or "
+                "call remove() on that sparsifier first"
+            )
+    return None
 
 
 class Sparsifier:
@@ -139,10 +162,12 @@ class Sparsifier:
         self.started = False
         """Whether the first topologies are made; until then the model is not yet sparse."""
         self._parameters = list(parameters)
+        self._names = {id(p.parameter): p.weights[0].name for p in self._parameters}
         self._stepped: set[int] = set()
         self._pending = False
         self._late = False
         self._state_loaded = False
+        self._replaced = False
         self._hidden: dict[nn.Parameter, Tensor] = {}
         self._handles: list[Any] = []
         for optimizer in self.optimizers:
@@ -186,14 +211,16 @@ class Sparsifier:
     def mask_gradients(self) -> None:
         """Zero inactive gradients now; for clipping, between the last backward and the optimizer step.
 
-        Only an update step needs it: on any other, inactive gradients are zeroed as they accumulate. The gradient
-        at every position is set aside first, so that the update still sees it.
+        Only a step that reads gradients at every position needs it: an update, or any step of a method that watches
+        them (SNFS); on the others inactive gradients are zeroed as they accumulate. What is needed is set aside
+        first, and follows the factor by which the gradient is clipped or unscaled afterwards.
         """
         with torch.no_grad():
             for parameter in self._parameters:
                 if parameter.keep_dense:
                     parameter.set_aside()
-                parameter.mask_gradient()
+                else:
+                    parameter.mask_gradient()
 
     def remove(self) -> None:
         """Take all hooks out; the model keeps its values and trains densely from here on."""
@@ -243,6 +270,8 @@ class Sparsifier:
             if fresh or not self._stepped or id(optimizer) in self._stepped:
                 self._open_step(late=closure is not None)
             self._stepped.add(id(optimizer))
+            if self._replaced:
+                self._hide_gradients(optimizer)
         return None if closure is None else with_closure(self._watched(closure), optimizer, args, kwargs)
 
     def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -264,8 +293,11 @@ class Sparsifier:
         """Begin a training step; `late` when its gradients come from a closure inside the optimizer's step."""
         if self._pending:
             self._finish(self.step)
+            for parameter in self._parameters:
+                parameter.release()
         self._stepped = set()
         self._hidden = {}
+        self._replaced = False
         step = self.step + 1
         self._draw_for(step)
         instead = not self.started or (self.method.timing == "instead" and self.method.due(step))
@@ -282,14 +314,14 @@ class Sparsifier:
             parameter.project()
             if self._state_loaded:
                 parameter.project_state()
-            parameter.use_scale(gradient_scale(parameter.optimizer))
+            parameter.settle()
         self._state_loaded = False
         self._late = late
         if not late:
             self._read(step)
         if instead:
             self._finish(step) if self.started else self._start()
-            self._hide_gradients()
+            self._replaced = True
         for parameter in self._parameters:
             parameter.mask_gradient()
         self.step = step
@@ -299,6 +331,8 @@ class Sparsifier:
         if not self.started:
             return
         due = self.method.due(step)
+        if due or self.method.observe is not None:
+            self._use_scales()
         if due:
             for parameter in self._parameters:
                 parameter.require_finite_gradient()
@@ -311,6 +345,14 @@ class Sparsifier:
                 if parameter.keep_dense:
                     parameter.set_aside()
             self._pending = self.method.timing == "after"
+            for parameter in self._parameters:
+                parameter.holding = self._pending
+
+    def _use_scales(self) -> None:
+        """Read gradients without the factor that a gradient scaler leaves to a fused optimizer."""
+        scales = {id(optimizer): gradient_scale(optimizer) for optimizer in self.optimizers}
+        for parameter in self._parameters:
+            parameter.use_scale(scales[id(parameter.optimizer)])
 
     def _finish(self, step: int) -> None:
         """Apply the update that is due at `step`."""
@@ -326,37 +368,40 @@ class Sparsifier:
             for weight in self.weights:
                 mark_explored(weight)
 
-    def _hide_gradients(self) -> None:
-        """Leave the optimizers nothing to do, so that parameters, state and step counts stay as they are."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._hidden[parameter] = parameter.grad
-                        parameter.grad = None
+    def _hide_gradients(self, optimizer: Optimizer) -> None:
+        """Leave the optimizer nothing to do, so that parameters, state and step counts stay as they are."""
+        for parameter in (p for g in optimizer.param_groups for p in g["params"]):
+            if parameter.grad is not None:
+                self._hidden[parameter] = parameter.grad
+                parameter.grad = None
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if skips_step(optimizer) or is_nested(optimizer):
             return
         with torch.no_grad():
             for parameter in (p for g in optimizer.param_groups for p in g["params"]):
-                if parameter in self._hidden and parameter.grad is None:
+                if parameter in self._hidden:
                     parameter.grad = self._hidden.pop(parameter)
             for stored in self._parameters:
                 stored.fresh = False
                 if stored.optimizer is optimizer:
                     stored.stepped()
             if len(self._stepped) == len(self.optimizers):
-                if self._late:
-                    self._read(self.step)
-                if self._pending:
-                    self._finish(self.step)
-                for stored in self._parameters:
-                    stored.release()
-                self._prepare_next()
-            for stored in self._parameters:
-                if not stored.keep_dense:
-                    stored.mask_gradient()
+                self._close_step()
+            self._prepare_next()
+
+    def _close_step(self) -> None:
+        """End a training step, every optimizer having stepped."""
+        if self._late:
+            self._read(self.step)
+        changes = self._pending or self._replaced
+        if self._pending:
+            self._finish(self.step)
+        for parameter in self._parameters:
+            parameter.reached = False
+            parameter.release()
+            if changes:
+                parameter.mask_gradient()
 
     def _prepare_next(self) -> None:
         """Decide whether the backward passes of the coming step keep gradients at inactive positions."""
@@ -385,7 +430,8 @@ class Sparsifier:
             "started": self.started,
             "seed": self.seed,
             "shapes": {w.name: list(w.shape) for w in self.weights},
-            "topologies": {w.name: w.topology.indices.cpu() for w in self.weights if w.topology.positions is not None},
+            "method": self.method.name,
+            "topologies": {w.name: None if (at := w.topology.positions) is None else at.cpu() for w in self.weights},
             "state": {w.name: {key: value.cpu() for key, value in w.state.items()} for w in self.weights if w.state},
         }
 
@@ -395,8 +441,13 @@ class Sparsifier:
         Raises:
             ValueError: when the state is of another model or version; nothing is changed then.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"this sparsifier state has version {state.get('version')}, this regrow reads version 1")
+        expected = self.state_dict()
+        missing = [key for key in expected if key not in state]
+        if missing or state["version"] != expected["version"] or state["method"] != self.method.name:
+            raise ValueError(
+                f"this is no state of a {self.method.name} sparsifier: it lacks {', '.join(missing) or 'nothing'}, has "
+                f"version {state.get('version')} (this regrow reads 1) and is of method {state.get('method')}"
+            )
         shapes = {w.name: w.shape for w in self.weights}
         given = {name: tuple(shape) for name, shape in state["shapes"].items()}
         if given != shapes:
@@ -405,7 +456,11 @@ class Sparsifier:
                 f"this sparsifier state is of another model: {len(differing)} weights differ in name or shape "
                 f"({', '.join(differing[:3])}); sparsify the same model with the same skip= and only= first"
             )
-        topologies = {name: Topology(shape, state["topologies"].get(name)) for name, shape in shapes.items()}
+        if set(state["topologies"]) != set(shapes):
+            raise ValueError(
+                f"this sparsifier state has {len(state['topologies'])} topologies for {len(shapes)} weights"
+            )
+        topologies = {name: Topology(shape, state["topologies"][name]) for name, shape in shapes.items()}
         with torch.no_grad():
             for weight in self.weights:
                 weight.restore(topologies[weight.name])
@@ -418,7 +473,7 @@ class Sparsifier:
                 parameter.project_state()
         self.step, self.updates = int(state["step"]), int(state["updates"])
         self.started, self.seed = bool(state["started"]), int(state["seed"])
-        self._pending, self._late, self._stepped, self._hidden = False, False, set(), {}
+        self._pending, self._late, self._replaced, self._stepped, self._hidden = False, False, False, set(), {}
         self._prepare_next()
 
     def __repr__(self) -> str:
@@ -447,7 +502,7 @@ def _refuse_strangers(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[
     for sparsifier in list(_ALIVE):
         if any(optimizer is o for o in sparsifier.optimizers):
             continue
-        fault = stranger(optimizer, {id(p.parameter): p.weights[0].name for p in sparsifier._parameters})
+        fault = stranger(optimizer, sparsifier._names)
         if fault is not None and not any(is_stepping(o) for o in sparsifier.optimizers):
             raise RuntimeError(fault)
 

@@ -30,20 +30,17 @@ def random_topology(density: float | None, allocate: Allocation) -> Start:
                 positions = weight.generator.subset(weight.topology.numel, count)
                 weight.rewire(Topology(weight.shape, torch.from_numpy(positions)))
 
-    return Start(make)
+    return Start(make, require=lambda weights: weights.require(density))
 
 
 def by_score(density: float | None, score: Score, allocate: Allocation, *, needs_gradient: bool = False) -> Start:
     """The entries of highest `score` within the counts of `allocate`."""
 
-    def require(weights: Weights) -> int | None:
-        return None if density is None else weights.total(density)
-
     def make(weights: Weights) -> None:
         scores = [score(w) for w in weights]
-        counts = allocate(weights, scores, require(weights))
+        counts = allocate(weights, scores, None if density is None else weights.total(density))
         topologies = [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)]
         for weight, topology in zip(weights, topologies, strict=True):
             weight.rewire(topology)
 
-    return Start(make, needs_gradient, require)
+    return Start(make, needs_gradient, lambda weights: weights.require(density))

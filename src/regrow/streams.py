@@ -8,6 +8,7 @@ words of Philox are used, whose sequence is fixed by its definition; everything 
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,13 @@ class Stream:
     """
 
     def __init__(self, seed: int, name: str, step: int) -> None:
-        digest = hashlib.blake2b(f"{seed}\0{name}\0{step}".encode(), digest_size=16).digest()
-        self._words = np.random.Philox(key=int.from_bytes(digest, "little"))
+        self._key = f"{seed}\0{name}\0{step}"
+
+    @cached_property
+    def _words(self) -> np.random.Philox:
+        """Made at the first draw, since most steps draw nothing."""
+        digest = hashlib.blake2b(self._key.encode(), digest_size=16).digest()
+        return np.random.Philox(key=int.from_bytes(digest, "little"))
 
     def integers(self, high: int, count: int) -> NDArray[np.int64]:
         """`count` independent integers in [0, high), shape (count,); the bias is below high / 2**64."""

@@ -31,7 +31,7 @@ def prune(density: Schedule, score: Score, allocate: Allocation) -> Update:
         _rewire(weights, [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)])
 
     def require(weights: Weights) -> None:
-        weights.total(density(density.until or 0))
+        weights.require(density(density.until or 0))
 
     return (Rule(apply, last=density.until, require=require),)
 
@@ -65,7 +65,7 @@ def drop_and_grow(
         if len(live) < len(weights):
             idle = ", ".join(w.name for w in weights if not w.has_grad)
             _log.warning("step %d: no gradient reached %s: left as they are by the update", step, idle)
-        free = [_room(w, w.topology) for w in live]
+        free = [_room(w.topology) for w in live]
         share = fraction(step)
         shares = [
             min(share, n / w.topology.nnz) if regrow_dropped == "forbid" and w.topology.nnz else share
@@ -94,10 +94,10 @@ def _grown(
     for weight, value in zip(live, shares, strict=True):
         if not 0 <= value < math.inf:
             raise ValueError(f"{weight.name}: its share of the redistribution is {value}: training has diverged")
-    return allocation.apportion(shares, sum(dropped), [_room(w, t) for w, t in zip(live, taken, strict=True)])
+    return allocation.apportion(shares, sum(dropped), [_room(t) for t in taken])
 
 
-def _room(weight: SparseWeight, taken: Topology) -> int:
+def _room(taken: Topology) -> int:
     return taken.numel - taken.nnz
 
 

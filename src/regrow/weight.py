@@ -70,6 +70,10 @@ class StoredParameter(Protocol):
     """Whether the coming backward passes keep the gradient at inactive positions too."""
     fresh: bool
     """Whether a backward reached the parameter since the last step began."""
+    reached: bool
+    """Whether a backward reached the parameter since the last step ended."""
+    holding: bool
+    """Whether what was set aside outlives the next backward, for an update that is still to come."""
 
     @property
     def weights(self) -> Sequence[SparseWeight]:
@@ -78,6 +82,10 @@ class StoredParameter(Protocol):
 
     def mask_gradient(self) -> None:
         """Leave the optimizer a gradient of active entries only."""
+        ...
+
+    def settle(self) -> None:
+        """Make what was set aside agree with the gradient as it is now: clipped, unscaled, or gone."""
         ...
 
     def set_aside(self) -> None:
@@ -180,3 +188,12 @@ class Weights(Sequence[SparseWeight]):
                 f"{self.outside_nnz / budget:.6g}"
             )
         return min(total, self.numel)
+
+    def require(self, density: float | None) -> None:
+        """Raise ValueError when `density` is infeasible or leaves no entry active; None is left to an allocation."""
+        if density is not None and self.total(density) == 0:
+            budget = self.numel + self.outside_numel
+            raise ValueError(
+                f"density {density:g} of {budget:,} entries makes none of the {self.numel:,} sparsified ones active: "
+                f"the least density that does is {(self.outside_nnz + 1) / budget:.6g}"
+            )

@@ -144,7 +144,7 @@ def _row(label: str, density: float | None, group: Sequence[Mapping[str, Any]]) 
     )
 
 
-HEAD = ("method", "density", "active", "accuracy %", "runs", "R_s", "f_S/f_D", "training", "seconds")
+HEAD = ("method", "density", "active", "accuracy %", "R_s", "f_S/f_D", "training", "seconds")
 
 
 MEANING = (
@@ -160,7 +160,6 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.realised:.4g}" if row.density is None else f"{row.density:g}",
         f"{row.nnz:,}",
         f"{100 * row.mean:.2f} ± {100 * row.std:.2f}",
-        str(len(row.accuracy)),
         "" if row.explored is None else f"{row.explored:.3f}",
         f"{row.inference:.3f}x",
         f"{row.training:.3f}x",
@@ -177,7 +176,8 @@ def write(out: Path, jobs: Sequence[Job], results: Sequence[tuple[Job, Mapping[s
     lines += ["| " + " | ".join(cells(row)) + " |" for row in table]
     about = ordered[0][1]["versions"]
     setting = f"regrow {about['regrow']}, torch {about['torch']}, {about['processor']}"
-    note = f"`{command}`\n\n{ordered[0][1]['steps']:,} steps each; {setting}.\n\n{MEANING}.\n\n"
+    runs = f"{ordered[0][1]['steps']:,} steps each, {max(len(row.accuracy) for row in table)} seeds"
+    note = f"`{command}`\n\n{runs}; {setting}.\n\n{MEANING}.\n\n"
     write_text(out / "table.md", note + "\n".join(lines) + "\n")
     kept = [{"run": job.folder.name, **{k: v for k, v in result.items() if k != "layers"}} for job, result in ordered]
     write_text(out / "results.json", json.dumps({"command": command, "runs": kept}, indent=1) + "\n")

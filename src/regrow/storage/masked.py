@@ -6,6 +6,7 @@ On an ordinary step inactive gradients are zeroed as they accumulate, so clippin
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow import selection
 from regrow.optimizers import (
     SECOND_MOMENTS,
     forget_other_state,
@@ -53,11 +55,15 @@ class MaskedParameter:
         self.keep_dense = False
         """Whether the coming backward passes leave the gradient at inactive positions in place."""
         self.fresh = False
-        """Whether a backward came since the last step began."""
+        """Whether a backward reached the parameter since the last step began."""
+        self.holding = False
+        """Whether what was set aside outlives the next backward, for an update that is still to come."""
+        self.reached = False
+        """Whether a backward reached the parameter since the last step ended."""
         self.mask: Tensor | None = None
         self._held: Tensor | None = None
+        self._source: tuple[weakref.ref[Tensor], int] | None = None
         self._scale = 1.0
-        self._masked: tuple[weakref.ref[Tensor], int] | None = None
         rows = parameter.shape[0] // len(names)
         self.weights = [
             MaskedWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
@@ -80,34 +86,47 @@ class MaskedParameter:
         grad = parameter.grad
         if grad is None:
             return
-        self.fresh = True
-        held, mask = self._held, self.mask
-        if held is not None and mask is not None and self._is_masked(grad, later=1):
-            # Inactive entries were zeroed when the gradient was set aside, so they hold what came since.
-            self._held = torch.where(self.mask_on(grad.device), grad, held + grad)
-        else:
+        self.fresh = self.reached = True
+        if self._held is not None and not self.holding:
+            if self._is_source(grad) and self._source is not None and grad._version == self._source[1] + 1:
+                raise RuntimeError(
+                    f"{self.weights[0].name}: a backward came after mask_gradients() in the same step: call it once, "
+                    "after the last backward and before clipping"
+                )
             self._held = None
-        self._masked = None
-        if not self.keep_dense or self._held is not None:
+        if not self.keep_dense:
             self.mask_gradient()
 
     def mask_gradient(self) -> None:
-        """Zero the gradient outside the topology, unless it is known to be so."""
+        """Zero the gradient outside the topology."""
         grad = self.parameter.grad
-        if grad is None or self.mask is None or self._is_masked(grad):
-            return
-        zero_outside(grad, self.mask_on(grad.device))
-        self._masked = (weakref.ref(grad), grad._version)
+        if grad is not None and self.mask is not None:
+            zero_outside(grad, self.mask_on(grad.device))
 
-    def _is_masked(self, grad: Tensor, later: int = 0) -> bool:
-        """Whether `grad` is the gradient that was masked last, written to `later` times since."""
-        return self._masked is not None and self._masked[0]() is grad and self._masked[1] + later == grad._version
+    def _is_source(self, grad: Tensor | None) -> bool:
+        return grad is not None and self._source is not None and self._source[0]() is grad
+
+    def settle(self) -> None:
+        """Make what was set aside agree with the parameter's gradient: as much clipped or unscaled, or forgotten."""
+        grad = self.parameter.grad
+        if self._held is None or self.holding:
+            return
+        if grad is None or not self._is_source(grad):
+            self._held = None
+            return
+        largest = self._held if self.mask is None else self._held.abs().mul_(self.mask_on(grad.device))
+        before, now = float(largest.abs().max()), float(grad.abs().max())
+        if before != now and 0 < before < math.inf and now < math.inf:
+            self._held.mul_(now / before)
 
     def set_aside(self) -> None:
         """Keep a copy of the gradient at every position until `release`, and mask the parameter's own."""
-        if self._held is None and self.parameter.grad is not None:
-            self._held = self.parameter.grad.detach().clone()
+        self.settle()
+        grad = self.parameter.grad
+        if self._held is None and grad is not None:
+            self._held = grad.detach().clone()
             self.mask_gradient()
+            self._source = weakref.ref(grad), grad._version
 
     def use_scale(self, scale: float) -> None:
         """Divide by `scale` whatever gradients are read: a fused optimizer's step begins with scaled ones."""
@@ -116,39 +135,43 @@ class MaskedParameter:
     def release(self) -> None:
         """Forget the gradient that was set aside."""
         self._held = None
+        self.holding = False
         self._scale = 1.0
 
     def gradient(self) -> Tensor:
+        """The gradient, of the parameter's shape; at every position where it was kept, else at the active ones.
+
+        Raises:
+            ValueError: when no backward reached the parameter.
+        """
+        grad = self._held if self._held is not None else self.parameter.grad
+        if grad is None:
+            name = self.weights[0].name
+            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step()")
+        return grad if self._scale == 1 else grad / self._scale
+
+    def everywhere(self) -> Tensor:
         """The gradient at every position, of the parameter's shape.
 
         Raises:
-            ValueError: when no backward reached the parameter, or its inactive entries were zeroed because the
-                method did not declare that it needs them.
+            ValueError: when its inactive entries were zeroed, as the method did not declare that it needs them.
         """
-        name = self.weights[0].name
-        grad = self._held if self._held is not None else self.parameter.grad
-        if grad is None:
-            raise ValueError(
-                f"{name} has no gradient: call loss.backward() before optimizer.step(), or skip this weight"
-            )
         if self._held is None and not self.keep_dense:
             raise ValueError(
-                f"{name}: the gradient at inactive positions is not kept here: declare it in the method's needs "
-                "(Need.GRADIENT or Need.EVERY_GRADIENT)"
+                f"{self.weights[0].name}: the gradient at inactive positions is not kept here: declare it in the "
+                "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
             )
-        return grad if self._scale == 1 else grad / self._scale
+        return self.gradient()
 
-    def active_gradient(self) -> Tensor:
-        """The gradient, right at the active entries, of the parameter's shape."""
-        grad = self._held if self._held is not None else self.parameter.grad
-        if grad is None:
-            raise ValueError(f"{self.weights[0].name} has no gradient: call loss.backward() before optimizer.step()")
-        return grad if self._scale == 1 else grad / self._scale
+    @property
+    def looked(self) -> bool:
+        """Whether the gradient at every position was set aside, for growth to look at."""
+        return self._held is not None
 
     def require_finite_gradient(self) -> None:
         """Raise ValueError when the gradient that an update would read is not finite."""
         grad = self._held if self._held is not None else self.parameter.grad
-        if grad is not None and not bool(grad.isfinite().all()):
+        if grad is not None and not selection.is_finite(grad):
             bad = int((~grad.isfinite()).sum())
             raise ValueError(
                 f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the "
@@ -168,7 +191,7 @@ class MaskedParameter:
 
     def stepped(self) -> None:
         """Project after the optimizer's step, unless it is known to leave zeros at zero."""
-        if not preserves_zeros(self.optimizer):
+        if not preserves_zeros(self.optimizer, self.parameter):
             self.project()
             self.project_state()
 
@@ -184,7 +207,6 @@ class MaskedParameter:
         if self.mask is None:
             self.mask = torch.ones_like(self.parameter, dtype=torch.bool, requires_grad=False)
         self.mask_on(self.parameter.device)[rows] = mask.to(self.parameter.device)
-        self._masked = None
 
 
 class MaskedWeight:
@@ -203,8 +225,9 @@ class MaskedWeight:
 
     @property
     def has_grad(self) -> bool:
-        """Whether the last backward reached this weight."""
-        return self.owner._held is not None or self.owner.parameter.grad is not None
+        """Whether the last backward reached this weight; a gradient that someone zeroed or wrote is looked at."""
+        grad = self.owner.parameter.grad
+        return grad is not None and (self.owner.reached or bool(grad.any()))
 
     def _block(self, tensor: Tensor) -> Tensor:
         """This weight's rows of a parameter-shaped tensor, (numel,): a view where memory allows."""
@@ -226,11 +249,11 @@ class MaskedWeight:
 
     def grads(self) -> Tensor:
         """Gradients at the active entries, (nnz,)."""
-        return self._active(self.owner.active_gradient())
+        return self._active(self.owner.gradient())
 
     def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The gradient at every position, in one block."""
-        yield 0, self._block(self.owner.gradient())
+        yield 0, self._block(self.owner.everywhere())
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
@@ -265,8 +288,8 @@ class MaskedWeight:
         positions = topology.without(self.topology)
         active = self._active(moment)
         start = (active.mean() if active.numel() else active.new_zeros(())).expand(positions.numel())
-        if self.owner._held is not None:
-            grown = self._block(self.owner.gradient())[positions.to(moment.device)].to(moment.dtype)
+        if self.owner.looked:
+            grown = self._block(self.owner.everywhere())[positions.to(moment.device)].to(moment.dtype)
             factor = second_moment_bias(self.owner.optimizer, self.owner.parameter)
             start = torch.maximum(start, factor * grown**2)
         return positions, start
