@@ -1,5 +1,13 @@
-"""`python -m regrow`: the command line."""
+"""`python -m regrow` and the command `regrow`."""
 
-from regrow.app.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+try:
+    from regrow.app.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(f"regrow: the command line needs {error.name}: pip install 'regrow[app]'")
+
+if __name__ == "__main__":
+    main()

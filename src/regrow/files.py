@@ -54,7 +54,7 @@ def save(sparsifier: Sparsifier, path: str | Path) -> None:
         if not topology.is_dense:
             tensors[f"positions:{weight.name}"] = topology.indices.cpu().to(torch.int32 if fits else torch.int64)
         parameter = weight.name if weight.name in state else weight.name.rpartition("[")[0]
-        weights[weight.name] = {"shape": list(weight.shape), "parameter": parameter, "dense": topology.is_dense}
+        weights[weight.name] = {"shape": list(weight.shape), "parameter": parameter}
     sparse = {state[w["parameter"]].data_ptr() for w in weights.values()}
     aliases, first = _aliases(state)
     for name in first:
@@ -147,8 +147,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _topology(name: str, weight: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Topology:
-    positions = None if weight["dense"] else tensors[f"positions:{name}"].long()
-    topology = Topology(tuple(int(n) for n in weight["shape"]), positions)
+    positions = tensors.get(f"positions:{name}")
+    topology = Topology(tuple(int(n) for n in weight["shape"]), None if positions is None else positions.long())
     if tensors[f"values:{name}"].shape != (topology.nnz,):
         raise ValueError(f"{tuple(tensors[f'values:{name}'].shape)} values for {topology.nnz} positions")
     return topology

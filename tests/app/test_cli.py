@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -136,7 +138,7 @@ BAD = [
     (["train", "--allocate", "fc1=0.1"], "no density for fc2.weight, fc3.weight"),
     (["train", "--allocate", "fc1=0.1,rest=erk", "--density", "0.0001"], "make 1,638 active entries"),
     (["train", "--density", "0.1", "--until", "10000"], "until is 10,000, after the run's last step"),
-    (["train", "--density", "0.1", "--steps", "100"], "no update would ever happen"),
+    (["train", "--density", "0.1", "--steps", "100"], "until is three quarters of the 100 steps"),
     (["train", "--density", "0.1", "--steps", "9", "--epochs", "2"], "--epochs or --steps, not both"),
     (["train", "--density", "0.1", "--skip", "fc9"], "'fc9' matches none"),
     (["train", "--density", "0.1", "--skip", "fc*"], "nothing to sparsify"),
@@ -149,6 +151,22 @@ BAD = [
     (["compare", "--methods", "dense", "--interval", "5"], "none of dense has an option interval"),
     (["compare", "--seeds", "0"], "must be at least 1"),
     (["compare", "--densities", "half"], "--densities takes numbers"),
+    (["compare", "--methods", "static,static"], "static-0.1-seed0 would be made twice"),
+    (["compare", "--methods", "static", "--densities", "0.1,0"], "density must lie in (0, 1], got 0"),
+    (["compare", "--methods", "static rigl:foo=1"], "rigl has no option foo"),
+    (["compare", "--methods", ""], "none would be made"),
+    (["compare", "--density", "0.1", "--densities", "0.2"], "not both"),
+    (["train", "--batch", "0"], "--batch must lie between 1 and"),
+    (["train", "--epochs", "inf"], "a run has 1 to"),
+    (["train", "--epochs", "nan"], "a run has 1 to"),
+    (["train", "--lr", "nan"], "--lr must lie between 0 and 1e+06, got nan"),
+    (["train", "--momentum", "5"], "--momentum must lie between"),
+    (["train", "--optimizer", "adam", "--momentum", "0.5"], "--momentum is an option of sgd"),
+    (["train", "--seed", "-1"], "--seed must lie between"),
+    (["train", "--threads", "0"], "--threads must lie between"),
+    (["train", "--warmup", "10000"], "--warmup must lie between"),
+    (["train", "--density", "1e-9"], "makes none of the 84,480 sparsified ones active"),
+    (["train", "--allocate", "fc1=0.1,fc1=0.2"], "a glob is given twice"),
 ]
 
 
@@ -181,9 +199,92 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         folder.run(config(steps=400), tmp_path, lambda record: None)
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x02."])
+def test_a_foreign_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    started(tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be resumed \(\w+: .+\): delete"):
+        folder.run(config(steps=400), tmp_path, lambda record: None)
+
+
+def started(path: Path) -> None:
+    """A run that was interrupted at its first record."""
+
+    def interrupt(record: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(config(steps=400), path, interrupt)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"hidden": 3}'])
+def test_damaged_json_is_refused_with_its_path(name: str, content: str, tmp_path: Path) -> None:
+    started(tmp_path)
+    (tmp_path / name).write_text(content)
+    if (name, content) == ("result.json", '{"hidden": 3}'):
+        return
+    with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+        folder.run(config(steps=400), tmp_path, lambda record: None)
+
+
+def test_a_record_that_was_cut_off_does_not_stop_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+
+    def interrupt(record: dict[str, float]) -> None:
+        if record["step"] == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(config(), tmp_path, interrupt)
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 21, "lo')
+    folder.run(config(), tmp_path, lambda record: None)
+    records = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in records] == list(range(1, 61))
+
+
+def test_an_interrupt_saves_the_step_it_came_in(tmp_path: Path) -> None:
+    def interrupt(record: dict[str, float]) -> None:
+        if record["step"] == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(config(), tmp_path / "parts", interrupt)
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["done"] == 30
+    again = folder.run(config(), tmp_path / "parts", lambda record: None)
+    assert again["accuracy"] == folder.run(config(), tmp_path / "whole", lambda record: None)["accuracy"]
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    def second(record: dict[str, float]) -> None:
+        with pytest.raises(ValueError, match="another process is training"):
+            folder.run(config(steps=5, options={"density": "0.2", "interval": "1"}), tmp_path, lambda record: None)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(config(steps=5, options={"density": "0.2", "interval": "1"}), tmp_path, second)
+
+
+def test_the_number_of_threads_may_change(tmp_path: Path) -> None:
+    first = folder.run(config(threads=1), tmp_path, lambda record: None)
+    assert folder.run(config(threads=None), tmp_path, lambda record: None)["accuracy"] == first["accuracy"]
+
+
+def test_a_method_keeps_its_own_density() -> None:
+    jobs = compare.plan(config(), ["static:density=0.3", "rigl"], [0.1], 1, {}, Path("x"))
+    assert [(j.density, j.config.options["density"]) for j in jobs] == [(0.3, "0.3"), (0.1, "0.1")]
+
+
+def test_the_command_names_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGROW_DATA", "/big/disk")
+    monkeypatch.setattr(sys, "argv", ["x", "compare", "--data-dir", "/big/disk/mnist", "--methods", "a b"])
+    assert cli._command() == "regrow compare --data-dir $REGROW_DATA/mnist --methods 'a b'"
+
+
 def test_divergence_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"diverged|not finite|NaN"):
-        folder.run(config(lr=1e18, steps=50), tmp_path, lambda record: None)
+        folder.run(config(lr=1e6, steps=50), tmp_path, lambda record: None)
     assert not (tmp_path / "result.json").exists()
 
 
@@ -208,7 +309,7 @@ def test_train_and_compare_as_typed(
     assert status == 0
     table = Path("c/table.md").read_text()
     assert json.loads(Path("runs/digits-rigl-seed0/result.json").read_text())["density"] == pytest.approx(0.1, abs=1e-3)
-    assert table.count("| dense |") == 1 and table.count("| rigl_fraction-0.5 |") == 2
+    assert table.count("| dense |") == 1 and table.count("| rigl:fraction=0.5 |") == 2
     runs = json.loads(Path("c/results.json").read_text())["runs"]
     assert len(runs) == 2 + 4 + 4
     assert {r["steps"] for r in runs} == {120}

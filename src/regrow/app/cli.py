@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,8 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     decorators = [
         click.option(
             "--data",
-            default="digits",
-            show_default=True,
-            help="digits, mnist, fashion-mnist, cifar10, cifar100, or any name with --data-dir.",
+            help="digits, mnist, fashion-mnist, cifar10, cifar100, or any name with --data-dir. "
+            "Default: the folder's name, or digits.",
         ),
         click.option("--data-dir", type=click.Path(), help="Folder with IDX files or Hugging Face parquet files."),
         click.option("--model", type=click.Choice(list(MODELS)), help="Network; by default what suits the data."),
@@ -83,7 +84,7 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="sgd has Nesterov momentum.",
         ),
         click.option("--lr", type=float, help="Peak learning rate."),
-        click.option("--momentum", type=float, default=0.9, show_default=True, help="Of sgd."),
+        click.option("--momentum", type=float, help="Of sgd; default 0.9."),
         click.option("--weight-decay", type=float, help="L2 (sgd, adam) or decoupled (adamw)."),
         click.option(
             "--schedule",
@@ -113,9 +114,9 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in options(method):
             having.setdefault(name, []).append(method)
     for name, names in reversed(having.items()):
-        option = options(names[0])[name]
+        option = options("rigl" if "rigl" in names else names[0])[name]
         shown = ", ".join(f"{m} {d}" for m in names if (d := options(m)[name].default) is not None)
-        text = f"{option.help} [{', '.join(names)}]" + (f" Defaults: {shown}." if shown else "")
+        text = f"{_plain(option.help)} [{', '.join(names)}]" + (f" Defaults: {shown}." if shown else "")
         text = (
             "optimizer step after which topologies stay as they are; default: three quarters of the run ["
             + ", ".join(names)
@@ -127,6 +128,20 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             f"--{name.replace('_', '-')}", f"option_{name}", metavar=_metavar(option.words), help=text
         )(command)
     return command
+
+
+def _plain(said: str) -> str:
+    """A docstring's sentence as the command line would say it."""
+    changes = {
+        "None means `interval`": "default: the interval",
+        "; None leaves it to an explicit allocation": "; default 0.1, or what an explicit allocation says",
+        "None to give": "none to give",
+        '"': "",
+        "`": "",
+    }
+    for old, new in changes.items():
+        said = said.replace(old, new)
+    return said
 
 
 def _metavar(words: str) -> str:
@@ -154,10 +169,14 @@ def train(method: str, out: Path | None, **given: Any) -> None:
         def report(record: dict[str, float]) -> None:
             bar.update(task, total=total(), completed=record["step"], **_live(record))
 
+        @cache
         def total() -> float | None:
             return float(Config.from_json((out / "config.json").read_text()).steps or 0)
 
+        again = (out / "result.json").exists()
         result = folder.run(config, out, report)
+    if again:
+        _console.print(f"{out} holds this run already: nothing was trained", highlight=False, soft_wrap=True)
     _show_result(result)
     _console.print(f"everything of this run is in {out}", highlight=False, soft_wrap=True)
 
@@ -193,10 +212,14 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
     config = _config(given, "dense")
     if seeds < 1 or jobs < 1:
         raise ValueError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
+    if "density" in config.options and densities is not None:
+        raise ValueError(f"give --density or --densities, not both (got {config.options['density']} and {densities})")
+    densities = config.options.get("density", densities)
     shared = {k: v for k, v in config.options.items() if k != "density"}
     names = specs.split() if ":" in specs else specs.replace(",", " ").split()
     out = out or Path("runs") / f"compare-{config.data}"
     todo = comparison.plan(config, names, _densities(densities, shared), seeds, shared, out)
+    comparison.check(todo)
     results = []
     with _progress() as bar:
         task = bar.add_task("runs", total=len(todo), loss="", accuracy="", density="", explored="")
@@ -207,7 +230,7 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
         for job, result in comparison.run_all(todo, jobs, report):
             results.append((job, result))
             bar.update(task, advance=1, description=job.folder.name)
-    table = comparison.write(out, todo, results, shlex.join(["regrow", *sys.argv[1:]]))
+    table = comparison.write(out, todo, results, _command())
     title = f"{results[0][1]['data']}: {results[0][1]['steps']:,} steps each"
     shown = Table(*comparison.HEAD, title=title, caption=comparison.MEANING, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns:
@@ -235,6 +258,8 @@ def list_methods() -> None:
 def _config(given: dict[str, Any], method: str) -> Config:
     chosen = {k.removeprefix("option_"): v for k, v in given.items() if k.startswith("option_") and v is not None}
     plain = {k: v for k, v in given.items() if not k.startswith("option_")}
+    if plain["data"] is None:
+        plain["data"] = Path(plain["data_dir"]).resolve().name if plain["data_dir"] else "digits"
     hidden = plain.pop("hidden")
     if hidden is not None:
         try:
@@ -253,6 +278,15 @@ def _densities(text: str | None, shared: Mapping[str, str]) -> list[float | None
         raise ValueError(f"--densities takes numbers separated by commas, got {text!r}") from None
 
 
+def _command() -> str:
+    """The command as typed, with the folder that $REGROW_DATA names written as that."""
+    root = os.environ.get("REGROW_DATA", "")
+    words = [shlex.quote(word) for word in sys.argv[1:]]
+    return " ".join(
+        ["regrow", *(w.replace(root, "$REGROW_DATA", 1) if root and w.startswith(root) else w for w in words)]
+    )
+
+
 def _is_explicit(chosen: Mapping[str, str]) -> bool:
     """Whether the allocation alone says how many entries are active."""
     return "=" in chosen.get("allocate", "") and "rest=" not in chosen["allocate"]
@@ -266,6 +300,7 @@ def _progress() -> Progress:
         BarColumn(24),
         MofNCompleteColumn(),
         *columns,
+        TextColumn("left"),
         TimeRemainingColumn(),
         console=_console,
         transient=True,

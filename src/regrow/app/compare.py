@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import statistics
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -11,8 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from regrow.app import folder, pictures
-from regrow.app.config import Config, write_text
+from regrow.app import folder, loop, pictures
+from regrow.app.config import Config, resolved, write_text
 from regrow.app.vocabulary import RECIPES, options
 
 
@@ -22,6 +27,8 @@ class Job:
 
     config: Config
     folder: Path
+    label: str
+    """The method as typed."""
     density: float | None
 
 
@@ -53,22 +60,39 @@ def plan(
     jobs = []
     for (method, own), spec in zip(parsed, specs, strict=True):
         known = options(method)
-        for density in densities if "density" in known else [None]:
+        chosen = [None] if "density" not in known else [float(own["density"])] if "density" in own else densities
+        for density in chosen:
             given = {name: value for name, value in shared.items() if name in known} | own
-            given |= {} if density is None else {"density": f"{density:g}"}
+            given |= {} if density is None else {"density": str(density)}
             for seed in range(base.seed, base.seed + seeds):
-                label = spec.replace(":", "_").replace(",", "_").replace("=", "-")
-                name = f"{label}-{'' if density is None else f'{density:g}-'}seed{seed}"
-                jobs.append(Job(replace(base, method=method, options=given, seed=seed), out / name, density))
+                name = spec.replace(":", "_").replace(",", "_").replace("=", "-")
+                name += f"-{'' if density is None else f'{density}-'}seed{seed}"
+                config = replace(base, method=method, options=given, seed=seed)
+                jobs.append(Job(config, out / name, spec, density))
+    folders = [job.folder.name for job in jobs]
+    twice = sorted({name for name in folders if folders.count(name) > 1})
+    if twice or not jobs:
+        raise ValueError(f"a comparison needs different runs, and {', '.join(twice) or 'none'} would be made twice")
     return jobs
 
 
 def _spec(spec: str) -> tuple[str, dict[str, str]]:
     method, _, text = spec.partition(":")
     if method not in RECIPES:
-        raise ValueError(f"there is no method {method!r}: choose {', '.join(RECIPES)}")
+        raise ValueError(
+            f"there is no method {method!r}: choose {', '.join(RECIPES)}; separate by spaces where one has options"
+        )
     pairs = [part.partition("=") for part in text.split(",") if part]
     return method, {name.replace("-", "_"): value for name, _, value in pairs}
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """Raise ValueError unless every job can run: all settings are tried before the first network trains."""
+    data, _ = folder.prepare(jobs[0].config)
+    for job in jobs:
+        settings = resolved(job.config, len(data.train_y))
+        loop.build(settings, data)
+        folder.complete(settings, job.folder)
 
 
 def run_all(
@@ -79,7 +103,8 @@ def run_all(
         for job in jobs:
             yield job, folder.run(job.config, job.folder, lambda record, job=job: report(job, record))  # type: ignore[misc]
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _watch_parent, (os.getpid(),), max_tasks_per_child=1) as pool:
         try:
             futures = {pool.submit(_quietly, job): job for job in jobs}
             for future in as_completed(futures):
@@ -89,8 +114,19 @@ def run_all(
             raise
 
 
+def _watch_parent(parent: int) -> None:
+    """End this worker when the process that started it is gone, however it went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _quietly(job: Job) -> dict[str, Any]:
-    return folder.run(replace(job.config, threads=1), job.folder, lambda record: None)
+    return folder.run(replace(job.config, threads=job.config.threads or 1), job.folder, lambda record: None)
 
 
 @dataclass(frozen=True)
@@ -115,17 +151,15 @@ class Row:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation of the accuracy; 0 for one seed."""
-        return statistics.stdev(self.accuracy) if len(self.accuracy) > 1 else 0.0
+        """Sample standard deviation of the accuracy; NaN for one seed."""
+        return statistics.stdev(self.accuracy) if len(self.accuracy) > 1 else math.nan
 
 
 def rows(results: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[Row]:
     """Results gathered over seeds, in the order of the plan."""
     groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for job, result in results:
-        label = job.folder.name.rpartition("-seed")[0]
-        label = label if job.density is None else label.rpartition("-")[0]
-        groups.setdefault((label, job.density), []).append(result)
+        groups.setdefault((job.label, job.density), []).append(result)
     return [_row(label, density, group) for (label, density), group in groups.items()]
 
 
@@ -159,7 +193,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.method,
         f"{row.realised:.4g}" if row.density is None else f"{row.density:g}",
         f"{row.nnz:,}",
-        f"{100 * row.mean:.2f} ± {100 * row.std:.2f}",
+        f"{100 * row.mean:.2f}" + (f" ± {100 * row.std:.2f}" if len(row.accuracy) > 1 else ""),
         "" if row.explored is None else f"{row.explored:.3f}",
         f"{row.inference:.3f}x",
         f"{row.training:.3f}x",
@@ -179,7 +213,10 @@ def write(out: Path, jobs: Sequence[Job], results: Sequence[tuple[Job, Mapping[s
     runs = f"{ordered[0][1]['steps']:,} steps each, {max(len(row.accuracy) for row in table)} seeds"
     note = f"`{command}`\n\n{runs}; {setting}.\n\n{MEANING}.\n\n"
     write_text(out / "table.md", note + "\n".join(lines) + "\n")
-    kept = [{"run": job.folder.name, **{k: v for k, v in result.items() if k != "layers"}} for job, result in ordered]
+    kept = [
+        {"run": job.folder.name, **{k: v for k, v in result.items() if k not in ("layers", "peak_rss_bytes")}}
+        for job, result in ordered
+    ]
     write_text(out / "results.json", json.dumps({"command": command, "runs": kept}, indent=1) + "\n")
     pictures.comparison(
         [(r.method, 1.0 if r.density is None else r.density, r.mean, r.std) for r in table], out / "comparison.png"

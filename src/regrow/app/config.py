@@ -30,7 +30,7 @@ class Config:
     batch: int | None = None
     optimizer: str = "sgd"
     lr: float | None = None
-    momentum: float = 0.9
+    momentum: float | None = None
     weight_decay: float | None = None
     schedule: str = "cosine"
     warmup: int = 0
@@ -38,7 +38,6 @@ class Config:
     augment: bool | None = None
     seed: int = 0
     threads: int | None = None
-    explored: bool = True
 
     def to_json(self) -> str:
         """The settings as indented JSON."""
@@ -48,12 +47,15 @@ class Config:
     def from_json(text: str) -> Config:
         """Settings that `to_json` wrote."""
         values = json.loads(text)
-        known = {f.name for f in fields(Config)}
-        if not isinstance(values, dict) or set(values) != known:
-            raise ValueError("the settings were written by another version of regrow: start a new folder")
-        lists = {name: None if values[name] is None else tuple(values[name]) for name in ("hidden", "skip", "only")}
+        if not isinstance(values, dict) or set(values) != {f.name for f in fields(Config)}:
+            raise ValueError("it was written by another version of regrow")
+        lists = {
+            name: tuple(values[name]) if isinstance(values[name], list) else None for name in ("hidden", "skip", "only")
+        }
         return Config(**{**values, **lists})
 
+
+MOST_STEPS = 10**9
 
 _MODELS = {"digits": "mlp", "mnist": "lenet-300-100", "fashion-mnist": "lenet-300-100"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -73,24 +75,43 @@ def resolved(config: Config, n_train: int) -> Config:
     model = config.model or _MODELS.get(config.data, "wrn-22-2")
     defaults = _DEFAULTS.get(model, _DEFAULTS["mlp"])
     filled = {k: v for k, v in defaults.items() if k != "epochs" and getattr(config, k) is None}
-    batch = config.batch or defaults["batch"]
-    if batch < 1 or batch > n_train:
+    batch = defaults["batch"] if config.batch is None else config.batch
+    if not 1 <= batch <= n_train:
         raise ValueError(f"--batch must lie between 1 and the {n_train:,} training examples, got {batch}")
+    steps = _steps(config, defaults["epochs"], n_train // batch)
+    if config.momentum is not None and config.optimizer != "sgd":
+        raise ValueError(f"--momentum is an option of sgd, and the optimizer is {config.optimizer}: leave it out")
+    momentum = 0.9 if config.momentum is None and config.optimizer == "sgd" else config.momentum
+    augment = config.augment if config.augment is not None else model == "wrn-22-2"
+    new = replace(config, model=model, steps=steps, epochs=None, augment=augment, momentum=momentum, **filled)
+    _require_ranges(new, steps)
+    return new
+
+
+def _steps(config: Config, epochs: float, per_epoch: int) -> int:
     if config.epochs is not None and config.steps is not None:
         raise ValueError(f"give --epochs or --steps, not both (got {config.epochs:g} and {config.steps})")
-    per_epoch = n_train // batch
-    steps = config.steps
-    if steps is None:
-        epochs = defaults["epochs"] if config.epochs is None else config.epochs
-        steps = round(epochs * per_epoch)
-    if steps < 1:
-        raise ValueError(f"a run needs at least 1 step, got {steps}: raise --epochs or --steps")
-    augment = config.augment if config.augment is not None else model == "wrn-22-2"
-    new = replace(config, model=model, steps=steps, epochs=None, augment=augment, **filled)
-    for name in ("lr", "weight_decay", "momentum", "warmup"):
-        if getattr(new, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(new, name):g}")
-    return new
+    epochs = epochs if config.epochs is None else config.epochs
+    steps = config.steps if config.steps is not None else epochs * per_epoch
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"a run has 1 to {MOST_STEPS:,} steps, got {steps:g}: change --epochs or --steps")
+    return round(steps)
+
+
+def _require_ranges(config: Config, steps: int) -> None:
+    """Raise ValueError unless every number lies where it makes sense; NaN lies nowhere."""
+    ranges = {
+        "lr": (0.0, 1e6),
+        "weight_decay": (0.0, 1e6),
+        "momentum": (0.0, 0.9999),
+        "warmup": (0, steps),
+        "seed": (0, 2**62),
+        "threads": (1, 4096),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {value:g}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,63 +3,94 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from regrow.app import data as datasets
 from regrow.app import loop, pictures
 from regrow.app.config import Config, resolved, write_text
 from regrow.files import save
 
+LOCK = ".lock"
+
 
 def run(config: Config, folder: Path, report: loop.Report) -> dict[str, Any]:
     """Train `config` in `folder`, go on where an interrupted run stopped, or return a complete run's result.
 
     Raises:
-        ValueError: for settings that cannot run, or a folder that holds another run.
+        ValueError: for settings that cannot run, a folder that holds another run, or one in use.
     """
-    data = datasets.load(config.data, None if config.data_dir is None else Path(config.data_dir))
-    settings = resolved(config, len(data.train_y))
+    data, settings = prepare(config)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
     job = loop.build(settings, data)
     if (done := complete(settings, folder)) is not None:
         return done
     scaled = datasets.normalize(data)
     data = data._replace(train_x=scaled.train_x, test_x=scaled.test_x)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", settings.to_json())
-    loop.resume(job, folder)
-    for _ in loop.train(job, data, folder, report):
-        pass
-    return _conclude(job, data, folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is training in {folder}: wait for it, or choose another --out") from None
+    try:
+        write_text(folder / "config.json", settings.to_json())
+        loop.resume(job, folder)
+        for _ in loop.train(job, data, folder, report):
+            pass
+        return _conclude(job, data, folder)
+    finally:
+        lock.release()
+        (folder / LOCK).unlink(missing_ok=True)
+
+
+def prepare(config: Config) -> tuple[datasets.Data, Config]:
+    """The data of a run and its settings with every None filled in."""
+    data = datasets.load(config.data, None if config.data_dir is None else Path(config.data_dir))
+    return data, resolved(config, len(data.train_y))
 
 
 def complete(settings: Config, folder: Path) -> dict[str, Any] | None:
     """The result of a complete run with these settings, None where there is none yet.
 
+    The number of threads may differ: it changes how fast a run is, and its results by rounding alone.
+
     Raises:
         ValueError: when the folder holds a run with other settings, or something else.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
         return None
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds something other than a run: choose another --out")
-    other = Config.from_json(path.read_text())
-    differing = [name for name, value in vars(settings).items() if getattr(other, name) != value]
+    other = _read(path, lambda text: vars(Config.from_json(text)))
+    differing = [name for name, value in vars(settings).items() if name != "threads" and other[name] != value]
     if differing:
         name = differing[0]
         raise ValueError(
-            f"{folder} holds a run with another {name} ({getattr(other, name)!r}, now {getattr(settings, name)!r}): "
+            f"{folder} holds a run with another {name} ({other[name]!r}, now {getattr(settings, name)!r}): "
             "choose another --out, or delete it"
         )
     result = folder / "result.json"
-    return dict(json.loads(result.read_text())) if result.is_file() else None
+    return _read(result, json.loads) if result.is_file() else None
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        values = parse(path.read_text())
+        if not isinstance(values, dict) or not values:
+            raise ValueError("it holds no settings or results")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): choose another --out, or delete the folder") from None
+    return values
 
 
 def _conclude(job: loop.Run, data: datasets.Data, folder: Path) -> dict[str, Any]:

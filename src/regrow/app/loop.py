@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import math
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -44,6 +47,25 @@ Report = Callable[[dict[str, float]], None]
 """Called with the newest record, for progress."""
 
 
+class Meter:
+    """Running means of the training loss and accuracy since the last record."""
+
+    def __init__(self) -> None:
+        self.loss, self.correct, self.n = torch.zeros(()), torch.zeros(()), 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits (n, classes), labels (n,)."""
+        self.loss += loss.detach() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.n += len(labels)
+
+    def take(self) -> tuple[float, float]:
+        """(mean loss, accuracy), starting anew."""
+        means = float(self.loss) / max(1, self.n), float(self.correct) / max(1, self.n)
+        self.__init__()  # type: ignore[misc]
+        return means
+
+
 @dataclass
 class Run:
     """Everything that moves during training."""
@@ -61,6 +83,7 @@ class Run:
     """Training FLOPs per sample, summed over the steps so far."""
     seconds: float = 0.0
     done: int = 0
+    meter: Meter = field(default_factory=Meter)
 
     def checkpoint(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -72,6 +95,7 @@ class Run:
             "done": self.done,
             "spent": self.spent,
             "seconds": self.seconds,
+            "meter": vars(self.meter).copy(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -81,6 +105,7 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.sparsifier.load_state_dict(state["sparsifier"])
         self.done, self.spent, self.seconds = state["done"], state["spent"], state["seconds"]
+        vars(self.meter).update(state["meter"])
 
 
 def build(config: Config, data: datasets.Data) -> Run:
@@ -91,13 +116,14 @@ def build(config: Config, data: datasets.Data) -> Run:
     def network(width: float) -> nn.Module:
         return models.build(str(config.model), shape, data.classes, width=width, hidden=config.hidden, seed=config.seed)
 
+    if config.optimizer not in ("sgd", "adam", "adamw"):
+        raise ValueError(f"there is no optimizer {config.optimizer!r}: choose sgd, adam, adamw")
     method = make(config.method, config.options, config.steps)
     width = _small_width(network, config) if config.method == "small_dense" else 1.0
     model = network(width)
     optimizer = _optimizer(config, model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config))
-    if config.explored:
-        method = method._replace(needs=method.needs | Need.EXPLORED)
+    method = method._replace(needs=method.needs | Need.EXPLORED)
     sparsifier = regrow.sparsify(
         model,
         optimizer,
@@ -132,19 +158,12 @@ def _small_width(network: Callable[[float], nn.Module], config: Config) -> float
 
 def _optimizer(config: Config, model: nn.Module) -> Optimizer:
     assert config.lr is not None and config.weight_decay is not None
+    decay, parameters = config.weight_decay, model.parameters()
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            config.lr,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-        )
-    if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    raise ValueError(f"there is no optimizer {config.optimizer!r}: choose sgd, adam, adamw")
+        momentum = config.momentum or 0.0
+        return torch.optim.SGD(parameters, config.lr, momentum, weight_decay=decay, nesterov=momentum > 0)
+    make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return make(parameters, config.lr, weight_decay=decay)
 
 
 def _lr_schedule(config: Config) -> Callable[[int], float]:
@@ -184,13 +203,13 @@ def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterat
     """Train on normalized `data` to the last step, yielding after each; records and checkpoints go to `folder`."""
     batch = int(run.config.batch or 1)
     per_epoch = len(data.train_y) // batch
-    meter, maps = Meter(), Maps(run, data, folder)
+    meter, maps = run.meter, Maps(run, data, folder)
     every = max(1, run.steps // RECORDS)
     cost = step_flops(run)
     began = saved = time.monotonic()
     before = run.seconds
     run.model.train()
-    with (folder / "metrics.jsonl").open("a") as log:
+    with (folder / "metrics.jsonl").open("a", buffering=1) as log, interruptible() as interrupted:
         while run.done < run.steps:
             epoch = run.done // per_epoch
             order = list(datasets.batches(len(data.train_y), batch, run.config.seed, epoch))
@@ -214,39 +233,44 @@ def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterat
                     log.write(json.dumps(record) + "\n")
                     report(record)
                 run.seconds = before + time.monotonic() - began
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    log.flush()
+                if interrupted() or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save_checkpoint(run, maps, folder)
                     saved = time.monotonic()
+                if interrupted():
+                    raise KeyboardInterrupt
                 yield
                 if run.done == run.steps:
                     break
     save_checkpoint(run, maps, folder)
 
 
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Let a run end its step and save itself on the first interrupt or termination; a second one ends it at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def note(number: int, frame: object) -> None:
+        seen.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in signals:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number in signals:
+            signal.signal(number, before[number])
+
+
 def _augmented(images: Tensor, run: Run) -> Tensor:
     key = Stream(run.config.seed, "augmentation", run.done).integers(2**31, 1)
     generator = torch.Generator().manual_seed(int(key[0]))
     return datasets.augment(images, generator, pad=4, flip=images.shape[1] == COLOURS)
-
-
-class Meter:
-    """Running means of the training loss and accuracy since the last record."""
-
-    def __init__(self) -> None:
-        self.loss, self.correct, self.n = torch.zeros(()), torch.zeros(()), 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits (n, classes), labels (n,)."""
-        self.loss += loss.detach() * len(labels)
-        self.correct += (logits.detach().argmax(1) == labels).sum()
-        self.n += len(labels)
-
-    def take(self) -> tuple[float, float]:
-        """(mean loss, accuracy), starting anew."""
-        means = float(self.loss) / max(1, self.n), float(self.correct) / max(1, self.n)
-        self.__init__()  # type: ignore[misc]
-        return means
 
 
 def _record(run: Run, meter: Meter) -> dict[str, float]:
@@ -316,13 +340,21 @@ def resume(run: Run, folder: Path) -> bool:
         return False
     try:
         run.restore(torch.load(path, weights_only=True))
-    except (RuntimeError, KeyError, EOFError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be resumed ({' '.join(str(error).split())[:200]}): delete the folder to start anew"
-        ) from None
+    except Exception as error:  # whatever a damaged or foreign file makes of torch.load
+        why = " ".join(str(error).split()).partition(". ")[0][:120] or "it is empty"
+        raise ValueError(f"{path} cannot be resumed ({type(error).__name__}: {why}): delete {folder}") from None
     lines = records.read_text().splitlines() if records.exists() else []
-    write_text(records, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.done))
+    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= run.done]
+    write_text(records, "".join(line + "\n" for line in kept))
     return True
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a record; None for a line that was cut off when its run was killed."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()

@@ -118,7 +118,12 @@ def make(method: str, given: Mapping[str, str], steps: int) -> Method:
             f"{method}: until is {values['until']:,}, after the run's last step {steps:,}: lower it or train longer"
         )
     density = (values.pop("density"),) if "density" in known else ()
-    return RECIPES[method](*density, **values)
+    try:
+        return RECIPES[method](*density, **values)
+    except ValueError as error:
+        filled = "until" in known and "until" not in given
+        note = f" (until is three quarters of the {steps:,} steps where it is not given)" if filled else ""
+        raise ValueError(f"{error}{note}") from None
 
 
 def known_options(method: str) -> dict[str, Option]:
@@ -171,7 +176,10 @@ def parse_allocation(text: str) -> Allocation:
     """
     if "=" not in text:
         return _choose(ALLOCATIONS, text)
-    pairs = dict(part.split("=", 1) for part in text.split(",") if part)
+    parts = [part.partition("=") for part in text.split(",") if part]
+    pairs = {glob: density for glob, _, density in parts}
+    if len(pairs) < len(parts):
+        raise ValueError("a glob is given twice")
     rest = pairs.pop("rest", None)
     return allocation.explicit(
         {glob: float(d) for glob, d in pairs.items()}, None if rest is None else _choose(ALLOCATIONS, rest)
