@@ -114,6 +114,16 @@ def test_hostile_positions_are_refused(tmp_path: Path, positions: list[int]) -> 
         regrow.load(path, nn.Linear(8, 8))
 
 
+def test_values_without_a_position_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    regrow.save(sparse(nn.Linear(8, 8), 2 / 64), path)
+    tensors = load_file(path)
+    tensors["values:weight"] = tensors["values:weight"][:1]
+    save_file(tensors, path, metadata(path))
+    with pytest.raises(ValueError, match="is damaged"):
+        regrow.load(path, nn.Linear(8, 8))
+
+
 def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     regrow.save(sparse(nn.Linear(8, 8)), path)

@@ -1358,3 +1358,31 @@ def test_an_observer_that_is_missing_is_named():
     train(model, opt, 0)
     with pytest.raises(ValueError, match=r"0\.weight has no running mean of gradients"):
         train(model, opt, 1)
+
+
+def test_the_running_mean_is_of_clipped_gradients():
+    """SNFS reads gradients at every step, so each is set aside before clipping and follows it."""
+    model, opt, sparsifier = start(methods.snfs(0.5, until=30, interval=10, decay=0.5))
+    expected = {name: torch.zeros(t.numel, dtype=torch.float64) for name, t in sparsifier.topologies.items()}
+    for i in range(3):
+        opt.zero_grad()
+        (loss_of(model, data(i)) * 300).backward()
+        everywhere = {name: model.get_parameter(name).grad.clone().view(-1) for name in expected}
+        sparsifier.mask_gradients()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        for name, grad in everywhere.items():
+            expected[name].lerp_(grad / (norm + 1e-6), 0.5)
+    for weight in sparsifier.weights:
+        torch.testing.assert_close(weight.state["momentum"], expected[weight.name])
+
+
+def test_optimizer_state_of_a_dense_run_is_projected_at_the_next_step():
+    model, opt, sparsifier = start(rigl())
+    dense = mlp()
+    other = MAKE["sgd"](dense.parameters())
+    train(dense, other, 0)
+    train(model, opt, 0)
+    opt.load_state_dict(other.state_dict())
+    train(model, opt, 1)
+    require_zero_outside(model, opt, sparsifier)
