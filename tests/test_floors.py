@@ -20,7 +20,7 @@ FLOORS = [
     {"scores", "drops", "growth", "allocation", "schedules", "observers", "redistribution", "storage"},
     {"updates", "starts"},
     {"methods"},
-    {"discovery", "gradients", "sparsifier"},
+    {"discovery", "gradients", "registry", "sparsifier"},
     {"files", "metrics"},
     {"app", "__main__"},
 ]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from regrow.discovery import Excluded, Found, Selector, find
+from regrow import registry
+from regrow.discovery import Excluded, Selector, find
 from regrow.gradients import Loss, mean_gradient
 from regrow.method import Method, Need
 from regrow.observers import mark_explored
@@ -22,9 +20,7 @@ from regrow.optimizers import (
     gradient_scale,
     holder_of,
     is_nested,
-    is_stepping,
     skips_step,
-    stranger,
     with_closure,
 )
 from regrow.storage.masked import MaskedParameter
@@ -88,7 +84,7 @@ def sparsify(
     optimizers = _as_list(optimizer)
     found, excluded = find(model, skip, only)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
-    _require_free(found, optimizers)
+    registry.require_free({id(f.parameter): f.name for f in found}, optimizers)
     owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
     with torch.no_grad():
         parameters = [
@@ -108,29 +104,6 @@ def _as_list(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     if not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {optimizer!r}")
     return optimizers
-
-
-def _require_free(found: Sequence[Found], optimizers: Sequence[Optimizer]) -> None:
-    """Raise ValueError when another sparsifier is at work on a weight or in an optimizer."""
-    if _conflict(found, optimizers) is not None:
-        # It may belong to a model that was let go, as when a notebook's cell is run again.
-        gc.collect()
-    conflict = _conflict(found, optimizers)
-    if conflict is not None:
-        raise ValueError(conflict)
-
-
-def _conflict(found: Sequence[Found], optimizers: Sequence[Optimizer]) -> str | None:
-    for other in _ALIVE:
-        taken = [f.name for f in found if id(f.parameter) in other._names]
-        if taken:
-            return f"{taken[0]} is already sparsified by {other.method.name}: call remove() on its sparsifier first"
-        if any(o is theirs for o in optimizers for theirs in other.optimizers):
-            return (
-                f"the optimizer is already hooked by {other.method.name}: sparsify all of its weights in one call, or "
-                "call remove() on that sparsifier first"
-            )
-    return None
 
 
 class Sparsifier:
@@ -162,7 +135,8 @@ class Sparsifier:
         self.started = False
         """Whether the first topologies are made; until then the model is not yet sparse."""
         self._parameters = list(parameters)
-        self._names = {id(p.parameter): p.weights[0].name for p in self._parameters}
+        self.names = {id(p.parameter): p.weights[0].name for p in self._parameters}
+        """Sparsified parameters: id -> name."""
         self._stepped: set[int] = set()
         self._pending = False
         self._late = False
@@ -174,7 +148,7 @@ class Sparsifier:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
             self._handles.append(optimizer.register_step_post_hook(self._after))
             self._handles.append(optimizer.register_load_state_dict_post_hook(self._loaded))
-        _ALIVE.add(self)
+        registry.add(self)
 
     @property
     def nnz(self) -> int:
@@ -229,7 +203,7 @@ class Sparsifier:
         for parameter in self._parameters:
             parameter.remove()
         self._handles.clear()
-        _ALIVE.discard(self)
+        registry.discard(self)
 
     def _begin(self, batches: Iterable[Any] | None, loss: Loss | None) -> None:
         needs_gradient = self.method.start.needs_gradient
@@ -491,20 +465,3 @@ class Sparsifier:
 
 def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-_ALIVE: weakref.WeakSet[Sparsifier] = weakref.WeakSet()
-"""All sparsifiers at work, for the one hook below."""
-
-
-def _refuse_strangers(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a step by an optimizer that holds sparsified weights without our hooks, as a copied one does."""
-    for sparsifier in list(_ALIVE):
-        if any(optimizer is o for o in sparsifier.optimizers):
-            continue
-        fault = stranger(optimizer, sparsifier._names)
-        if fault is not None and not any(is_stepping(o) for o in sparsifier.optimizers):
-            raise RuntimeError(fault)
-
-
-register_optimizer_step_pre_hook(_refuse_strangers)

@@ -218,7 +218,7 @@ def comparison_figure(rows: Sequence[tuple[str, float, float, float]]) -> Figure
         axes.errorbar(density, mean, std, label=name, markersize=6, linewidth=1.6, capsize=3, **look)
     _tidy(axes, "y")
     _percent(axes)
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel("test accuracy")
     _density_axis(axes, sorted(row[1] for row in rows if row[0] != "dense"))
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK, ncols=1 + len(names) // 8)
     return figure
