@@ -30,6 +30,10 @@ from regrow.topology import Topology
 from regrow.validation import require_choice
 from regrow.weight import StoredParameter, Weights
 
+STATE_VERSION = 1
+STATE_KEYS = ("version", "step", "updates", "started", "seed", "shapes", "method", "topologies", "state")
+"""What a state dict of a `Sparsifier` holds."""
+
 
 def sparsify(
     model: nn.Module,
@@ -67,7 +71,8 @@ def sparsify(
 
     Raises:
         ValueError: nothing to sparsify, an infeasible budget, a weight in none or in two of the optimizers, an
-            option that does not apply.
+            option that does not apply, a weight or optimizer that another sparsifier works on.
+        TypeError: a method or an optimizer that is none.
 
     Examples:
         >>> from regrow import methods
@@ -256,9 +261,7 @@ class Sparsifier:
             with torch.no_grad():
                 for parameter in self._parameters:
                     parameter.release()
-                    if parameter.keep_dense:
-                        parameter.set_aside()
-                    parameter.mask_gradient()
+                self.mask_gradients()
             return loss
 
         return watched
@@ -398,7 +401,7 @@ class Sparsifier:
         Restore in the order sparsify, model, optimizer, sparsifier: the run goes on as if uninterrupted.
         """
         return {
-            "version": 1,
+            "version": STATE_VERSION,
             "step": self.step,
             "updates": self.updates,
             "started": self.started,
@@ -415,12 +418,12 @@ class Sparsifier:
         Raises:
             ValueError: when the state is of another model or version; nothing is changed then.
         """
-        expected = self.state_dict()
-        missing = [key for key in expected if key not in state]
-        if missing or state["version"] != expected["version"] or state["method"] != self.method.name:
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing or state["version"] != STATE_VERSION or state["method"] != self.method.name:
             raise ValueError(
-                f"this is no state of a {self.method.name} sparsifier: it lacks {', '.join(missing) or 'nothing'}, has "
-                f"version {state.get('version')} (this regrow reads 1) and is of method {state.get('method')}"
+                f"this is no state of a {self.method.name} sparsifier: it lacks {', '.join(missing) or 'nothing'}, is of "
+                f"method {state.get('method')} and has version {state.get('version')} (this regrow reads "
+                f"{STATE_VERSION})"
             )
         shapes = {w.name: w.shape for w in self.weights}
         given = {name: tuple(shape) for name, shape in state["shapes"].items()}
@@ -436,12 +439,11 @@ class Sparsifier:
             )
         topologies = {name: Topology(shape, state["topologies"][name]) for name, shape in shapes.items()}
         with torch.no_grad():
-            for weight in self.weights:
-                weight.restore(topologies[weight.name])
-                device = weight.values().device
-                kept = state["state"].get(weight.name, {})
-                weight.state = {key: value.clone().to(device) for key, value in kept.items()}
             for parameter in self._parameters:
+                for weight in parameter.weights:
+                    weight.restore(topologies[weight.name])
+                    kept = state["state"].get(weight.name, {})
+                    weight.state = {k: v.clone().to(parameter.parameter.device) for k, v in kept.items()}
                 parameter.release()
                 parameter.project()
                 parameter.project_state()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from regrow.drops import keep_highest
 from regrow.method import Allocation, Score, Start
 from regrow.topology import Topology
+from regrow.updates import prune_to
 from regrow.weight import Weights
 
 
@@ -37,10 +37,6 @@ def by_score(density: float | None, score: Score, allocate: Allocation, *, needs
     """The entries of highest `score` within the counts of `allocate`."""
 
     def make(weights: Weights) -> None:
-        scores = [score(w) for w in weights]
-        counts = allocate(weights, scores, None if density is None else weights.total(density))
-        topologies = [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)]
-        for weight, topology in zip(weights, topologies, strict=True):
-            weight.rewire(topology)
+        prune_to(weights, None if density is None else weights.total(density), score, allocate)
 
     return Start(make, needs_gradient, lambda weights: weights.require(density))

@@ -25,15 +25,19 @@ def prune(density: Schedule, score: Score, allocate: Allocation) -> Update:
     """
 
     def apply(weights: Weights, step: int) -> None:
-        total = min(weights.total(density(step)), weights.nnz)
-        scores = [score(w) for w in weights]
-        counts = allocate(weights, scores, total)
-        _rewire(weights, [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)])
+        prune_to(weights, min(weights.total(density(step)), weights.nnz), score, allocate)
 
     def require(weights: Weights) -> None:
         weights.require(density(density.until or 0))
 
     return (Rule(apply, last=density.until, require=require),)
+
+
+def prune_to(weights: Weights, total: int | None, score: Score, allocate: Allocation) -> None:
+    """Keep `total` entries of highest `score` within the counts of `allocate`; None leaves the total to it."""
+    scores = [score(w) for w in weights]
+    counts = allocate(weights, scores, total)
+    _rewire(weights, [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)])
 
 
 def drop_and_grow(

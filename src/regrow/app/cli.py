@@ -115,19 +115,21 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             having.setdefault(name, []).append(method)
     for name, names in reversed(having.items()):
         option = options("rigl" if "rigl" in names else names[0])[name]
-        shown = ", ".join(f"{m} {d}" for m in names if (d := options(m)[name].default) is not None)
-        text = f"{_plain(option.help)} [{', '.join(names)}]" + (f" Defaults: {shown}." if shown else "")
-        text = (
-            "optimizer step after which topologies stay as they are; default: three quarters of the run ["
-            + ", ".join(names)
-            + "]"
-            if name == "until"
-            else text
-        )
+        text = f"{_plain(option.help)} [{', '.join(names)}]{_defaults(name, names)}"
         command = click.option(
             f"--{name.replace('_', '-')}", f"option_{name}", metavar=_metavar(option.words), help=text
         )(command)
     return command
+
+
+def _defaults(name: str, methods: list[str]) -> str:
+    """An option's default, or those of its methods where they differ."""
+    found = {m: d for m in methods if (d := options(m)[name].default) is not None}
+    if not found:
+        return ""
+    if len(set(found.values())) == 1:
+        return f" Default: {next(iter(found.values()))}."
+    return f" Defaults: {', '.join(f'{method} {default}' for method, default in found.items())}."
 
 
 def _plain(said: str) -> str:
@@ -248,10 +250,8 @@ def list_methods() -> None:
         _console.print(f"[bold]{method}[/]  {summary(method)}", highlight=False)
         _console.print(f"    {paper(method)}", style="dim", highlight=False, markup=False)
         for option in options(method).values():
-            default = "three quarters of the run" if option.name == "until" else option.default
-            text = f"    --{option.name.replace('_', '-')} {option.words}" + (
-                "" if default is None else f" (default {default})"
-            )
+            default = "" if option.default is None else f" (default {option.default})"
+            text = f"    --{option.name.replace('_', '-')} {option.words}{default}"
             _console.print(text, highlight=False, markup=False)
 
 

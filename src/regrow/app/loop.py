@@ -185,12 +185,12 @@ def step_flops(run: Run) -> float:
     3 f_S in general; 2 f_S + f_D where the weight gradient is dense; f is the forward cost at the present topology.
     """
     method: Method = run.sparsifier.method
-    sparse = forward_flops(run)
+    sparse, dense = forward_flops(run), run.forward.dense
     due = run.sparsifier.due
     if not run.sparsifier.started:
-        return 3 * run.forward.dense
+        return metrics.training_flops(dense, dense)
     dense_gradient = Need.EVERY_GRADIENT in method.needs or (Need.GRADIENT in method.needs and due)
-    return 2 * sparse + run.forward.dense if dense_gradient else 3 * sparse
+    return metrics.training_flops(sparse, dense, gradient_interval=0 if dense_gradient else math.inf)
 
 
 def forward_flops(run: Run) -> float:

@@ -58,6 +58,9 @@ def small_dense(density: float | None, *, allocate: Allocation = allocation.erk)
 RECIPES: dict[str, Callable[..., Method]] = {**methods.RECIPES, "small_dense": small_dense}
 """Everything that `--method` accepts."""
 
+FILLED_IN = {"until": "three quarters of the run"}
+"""Options that `make` fills in where they are not given."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -68,8 +71,8 @@ class Option:
     words: str
     """What may be written: a type or the choices."""
     help: str
-    required: bool
     default: Any
+    """The word for it; None where there is none."""
 
 
 def options(method: str) -> dict[str, Option]:
@@ -80,9 +83,8 @@ def options(method: str) -> dict[str, Option]:
     found = {}
     for name, parameter in inspect.signature(recipe).parameters.items():
         parse, words = _parser(hints[name])
-        required = parameter.default is parameter.empty
-        default = None if required else _word(parameter.default)
-        found[name] = Option(name, parse, words, said.get(name, ""), required, default)
+        default = None if parameter.default is parameter.empty else _word(parameter.default)
+        found[name] = Option(name, parse, words, said.get(name, ""), FILLED_IN.get(name, default))
     return found
 
 

@@ -139,13 +139,17 @@ class MaskedParameter:
         self.holding = False
         self._scale = 1.0
 
+    def _latest(self) -> Tensor | None:
+        """What was set aside, or else the parameter's gradient."""
+        return self._held if self._held is not None else self.parameter.grad
+
     def gradient(self) -> Tensor:
         """The gradient, of the parameter's shape; at every position where it was kept, else at the active ones.
 
         Raises:
             ValueError: when no backward reached the parameter.
         """
-        grad = self._held if self._held is not None else self.parameter.grad
+        grad = self._latest()
         if grad is None:
             name = self.weights[0].name
             raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step()")
@@ -171,7 +175,7 @@ class MaskedParameter:
 
     def require_finite_gradient(self) -> None:
         """Raise ValueError when the gradient that an update would read is not finite."""
-        grad = self._held if self._held is not None else self.parameter.grad
+        grad = self._latest()
         if grad is not None and not selection.is_finite(grad):
             bad = int((~grad.isfinite()).sum())
             raise ValueError(
