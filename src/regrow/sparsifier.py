@@ -421,8 +421,8 @@ class Sparsifier:
         missing = [key for key in STATE_KEYS if key not in state]
         if missing or state["version"] != STATE_VERSION or state["method"] != self.method.name:
             raise ValueError(
-                f"this is no state of a {self.method.name} sparsifier: it lacks {', '.join(missing) or 'nothing'}, is of "
-                f"method {state.get('method')} and has version {state.get('version')} (this regrow reads "
+                f"this is no state of a {self.method.name} sparsifier: it lacks {', '.join(missing) or 'nothing'}, "
+                f"is of method {state.get('method')} and has version {state.get('version')} (this regrow reads "
                 f"{STATE_VERSION})"
             )
         shapes = {w.name: w.shape for w in self.weights}
