@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from regrow import selection
 
+_INT32 = torch.iinfo(torch.int32).max
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Topology:
-    """The active entries of a weight of `shape`: ascending flat positions in row-major order.
+    """The active entries of a weight of `shape`, held row by row: a row is all that shares the first index.
+
+    Four bytes per active entry (eight where a row has 2^31 entries or more) and eight per row; none when dense. Flat
+    positions count in row-major order, and every (nnz,) tensor of a weight follows them ascending.
 
     Args:
         shape: the weight's shape.
-        positions: (nnz,) int64, strictly ascending, in [0, numel); None means that every entry is active, and
-            costs no memory.
+        positions: (nnz,) int64, strictly ascending flat positions in [0, numel); None means that every entry is
+            active, and costs no memory.
 
     Raises:
         ValueError: when positions are out of range, unsorted or repeated.
@@ -28,23 +32,74 @@ class Topology:
         >>> topology = Topology((2, 3), torch.tensor([0, 4]))
         >>> topology.nnz, topology.numel, topology.mask.int().tolist()
         (2, 6, [[1, 0, 0], [0, 1, 0]])
+        >>> topology.starts.tolist(), topology.columns.tolist()
+        ([0, 1, 2], [0, 1])
     """
 
     shape: tuple[int, ...]
-    positions: Tensor | None = None
+    _starts: Tensor | None
+    _columns: Tensor | None
 
-    def __post_init__(self) -> None:
-        at = self.positions
-        if at is None:
+    def __init__(self, shape: tuple[int, ...], positions: Tensor | None = None) -> None:
+        self._set(shape, None, None)
+        if positions is None:
             return
-        if at.dtype != torch.int64 or at.dim() != 1:
-            raise ValueError(f"positions must be int64 of shape (nnz,), got {at.dtype} of shape {tuple(at.shape)}")
-        if at.numel() == 0:
-            return
-        if not (0 <= int(at[0]) and int(at[-1]) < self.numel and bool((at.diff() > 0).all())):
+        if positions.dtype != torch.int64 or positions.dim() != 1:
+            raise ValueError(
+                f"positions must be int64 of shape (nnz,), got {positions.dtype} of shape {tuple(positions.shape)}"
+            )
+        if positions.numel() and not (
+            0 <= int(positions[0]) and int(positions[-1]) < self.numel and bool((positions.diff() > 0).all())
+        ):
             raise ValueError(
                 f"positions in a weight of shape {self.shape} must ascend strictly within [0, {self.numel:,})"
             )
+        edges = torch.arange(self.rows + 1, device=positions.device) * self.row_size
+        columns = (positions % max(1, self.row_size)).to(self._column_type)
+        self._set(shape, torch.searchsorted(positions, edges), columns)
+
+    def _set(self, shape: tuple[int, ...], starts: Tensor | None, columns: Tensor | None) -> Topology:
+        """The one place where the fields get their values."""
+        for name, value in (("shape", shape), ("_starts", starts), ("_columns", columns)):
+            object.__setattr__(self, name, value)
+        return self
+
+    @classmethod
+    def from_rows(cls, shape: tuple[int, ...], starts: Tensor, columns: Tensor) -> Topology:
+        """The topology in which row i has the entries columns[starts[i]:starts[i + 1]].
+
+        Args:
+            shape: the weight's shape.
+            starts: (rows + 1,) int64, from 0 to nnz.
+            columns: (nnz,) integer, strictly ascending within each row, in [0, row_size).
+
+        Raises:
+            ValueError: when they are anything else.
+        """
+        topology = cls(shape)
+        rows, size = topology.rows, topology.row_size
+        sound = starts.shape == (rows + 1,) and int(starts[0]) == 0 and int(starts[-1]) == columns.numel()
+        if sound and columns.numel():
+            ascending = columns.diff() > 0
+            inner = starts[1:-1]
+            ascending[(inner[(inner > 0) & (inner < columns.numel())] - 1)] = True
+            within = 0 <= int(columns.min()) and int(columns.max()) < size
+            sound = within and bool((starts.diff() >= 0).all()) and bool(ascending.all())
+        if not sound:
+            raise ValueError(
+                f"columns of a weight of shape {shape} must ascend within each of its {rows:,} rows of {size:,} entries"
+            )
+        return topology._set(shape, starts.to(torch.int64), columns.to(topology._column_type))
+
+    @property
+    def rows(self) -> int:
+        """The length of the first axis."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_size(self) -> int:
+        """Entries of one row, active or not."""
+        return math.prod(self.shape[1:])
 
     @property
     def numel(self) -> int:
@@ -54,7 +109,7 @@ class Topology:
     @property
     def nnz(self) -> int:
         """Number of active entries."""
-        return self.numel if self.positions is None else self.positions.numel()
+        return self.numel if self._columns is None else self._columns.numel()
 
     @property
     def density(self) -> float:
@@ -66,19 +121,48 @@ class Topology:
         """Whether every entry is active."""
         return self.nnz == self.numel
 
-    @cached_property
+    @property
+    def device(self) -> torch.device:
+        """Where the topology lies; a dense one needs no place and says CPU."""
+        return torch.device("cpu") if self._columns is None else self._columns.device
+
+    @property
+    def starts(self) -> Tensor:
+        """(rows + 1,) int64: where each row begins among the active entries."""
+        return torch.arange(self.rows + 1) * self.row_size if self._starts is None else self._starts
+
+    @property
+    def columns(self) -> Tensor:
+        """(nnz,) int32, or int64 where a row is longer than that: the place of each active entry in its row."""
+        if self._columns is None:
+            return torch.arange(self.row_size, dtype=self._column_type).repeat(self.rows)
+        return self._columns
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(nnz,) int64 ascending flat positions of the active entries, formed anew; None when given as dense."""
+        return None if self._columns is None else self.indices
+
+    @property
     def indices(self) -> Tensor:
-        """(nnz,) int64 ascending flat positions of the active entries."""
-        return torch.arange(self.numel) if self.positions is None else self.positions
+        """(nnz,) int64 ascending flat positions of the active entries, formed anew at each call."""
+        if self._starts is None or self._columns is None:
+            return torch.arange(self.numel)
+        first = torch.arange(self.rows, device=self.device) * self.row_size
+        return first.repeat_interleave(self._starts.diff(), output_size=self.nnz).add_(self._columns)
 
     @property
     def mask(self) -> Tensor:
         """Bool tensor of `shape`, formed anew at each call: O(numel) memory."""
-        if self.positions is None:
+        if self._columns is None:
             return torch.ones(self.shape, dtype=torch.bool)
-        mask = torch.zeros(self.numel, dtype=torch.bool, device=self.positions.device)
-        mask[self.positions] = True
+        mask = torch.zeros(self.numel, dtype=torch.bool, device=self.device)
+        mask[self.indices] = True
         return mask.view(self.shape)
+
+    @property
+    def _column_type(self) -> torch.dtype:
+        return torch.int32 if self.row_size <= _INT32 else torch.int64
 
     def keep(self, score: Tensor, count: int) -> Topology:
         """The `count` active entries of highest `score` (nnz,); equal scores go to the lower position."""
@@ -86,7 +170,14 @@ class Topology:
             raise ValueError(f"keep needs one score for each of the {self.nnz:,} active entries, got {score.numel():,}")
         if count == self.nnz:
             return self
-        return Topology(self.shape, self.indices.to(score.device)[selection.highest(score, count)])
+        return self.pick(selection.highest(score, count))
+
+    def pick(self, ranks: Tensor) -> Topology:
+        """The active entries numbered `ranks` (n,), ascending."""
+        if self._starts is None or self._columns is None:
+            return Topology(self.shape, ranks)
+        starts = torch.searchsorted(ranks, self._starts.to(ranks.device))
+        return Topology(self.shape)._set(self.shape, starts, self._columns.to(ranks.device)[ranks])
 
     def add(self, positions: Tensor) -> Topology:
         """With `positions` (count,), distinct inactive flat positions in any order, active too."""
@@ -96,30 +187,32 @@ class Topology:
 
     def contains(self, positions: Tensor) -> Tensor:
         """Which of `positions` (n,) are active, bool (n,), in O(n log nnz)."""
-        if self.positions is None or self.nnz == 0:
-            return torch.full(positions.shape, self.positions is None, device=positions.device)
-        active = self.positions.to(positions.device)
-        at = torch.searchsorted(active, positions).clamp(max=self.nnz - 1)
+        if self._columns is None or self.nnz == 0:
+            return torch.full(positions.shape, self._columns is None, device=positions.device)
+        active = self.indices.to(positions.device)
+        at = torch.searchsorted(active, positions).clamp_(max=self.nnz - 1)
         return active[at] == positions
 
     def without(self, other: Topology) -> Tensor:
         """Flat positions active here and not in `other`, ascending."""
-        return self.indices[~other.contains(self.indices)]
+        indices = self.indices
+        return indices[~other.contains(indices)]
 
     def inactive(self, ranks: Tensor) -> Tensor:
         """Flat positions of the inactive entries numbered `ranks` (n,) in ascending order, in O(n log nnz).
 
         The inactive entries are never listed: before the i-th active entry lie indices[i] - i of them.
         """
-        gaps = self.indices - torch.arange(self.nnz, device=self.indices.device)
+        gaps = self.indices
+        gaps -= torch.arange(self.nnz, device=gaps.device)
         ranks = ranks.to(gaps.device)
         return ranks + torch.searchsorted(gaps, ranks, right=True)
 
     def to(self, device: torch.device) -> Topology:
-        """The same topology with its positions on `device`."""
-        if self.positions is None or self.positions.device == device:
+        """The same topology on `device`."""
+        if self._starts is None or self._columns is None or self.device == device:
             return self
-        return Topology(self.shape, self.positions.to(device))
+        return Topology(self.shape)._set(self.shape, self._starts.to(device), self._columns.to(device))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Topology):
@@ -128,7 +221,9 @@ class Topology:
             return True
         if self.shape != other.shape or self.nnz != other.nnz:
             return False
-        return self.is_dense or torch.equal(self.indices.cpu(), other.indices.cpu())
+        return self.is_dense or (
+            torch.equal(self.starts.cpu(), other.starts.cpu()) and torch.equal(self.columns.cpu(), other.columns.cpu())
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
