@@ -77,10 +77,7 @@ def highest(field: Field) -> Growth:
 
 def _outside(score: Tensor, first: int, taken: Topology) -> Tensor:
     """`score` with -1 at taken positions: below any absolute value."""
-    low, high = torch.searchsorted(
-        taken.indices, torch.tensor([first, first + score.numel()], device=taken.indices.device)
-    ).tolist()
-    score[(taken.indices[low:high] - first).to(score.device)] = -1.0
+    score[(taken.between(first, first + score.numel()) - first).to(score.device)] = -1.0
     return score
 
 

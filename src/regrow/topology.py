@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from regrow import selection
 
 _INT32 = torch.iinfo(torch.int32).max
+_CHUNK = 1 << 20
+"""Entries of which flat positions are formed at once, so that set operations need little memory beside the result."""
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -146,10 +149,7 @@ class Topology:
     @property
     def indices(self) -> Tensor:
         """(nnz,) int64 ascending flat positions of the active entries, formed anew at each call."""
-        if self._starts is None or self._columns is None:
-            return torch.arange(self.numel)
-        first = torch.arange(self.rows, device=self.device) * self.row_size
-        return first.repeat_interleave(self._starts.diff(), output_size=self.nnz).add_(self._columns)
+        return self._indices(0, self.rows)
 
     @property
     def mask(self) -> Tensor:
@@ -183,7 +183,19 @@ class Topology:
         """With `positions` (count,), distinct inactive flat positions in any order, active too."""
         if positions.numel() == 0:
             return self
-        return Topology(self.shape, torch.cat([self.indices.to(positions.device), positions]).sort().values)
+        own, positions = self.to(positions.device), positions.sort().values
+        if not 0 <= int(positions[0]) <= int(positions[-1]) < self.numel:
+            raise ValueError(f"positions in a weight of shape {self.shape} must lie within [0, {self.numel:,})")
+        starts = own.starts + torch.searchsorted(positions, own._edges(0, self.rows))
+        columns = torch.empty(self.nnz + positions.numel(), dtype=self._column_type, device=positions.device)
+        for low, high in self._row_chunks(positions.numel()):
+            edges = own._edges(low, high)[[0, -1]]
+            first, last = torch.searchsorted(positions, edges).tolist()
+            merged = torch.cat([own._indices(low, high), positions[first:last]]).sort().values
+            if not bool((merged.diff() > 0).all()):
+                raise ValueError(f"positions added to a weight of shape {self.shape} must be distinct and inactive")
+            columns[int(starts[low]) : int(starts[high])] = merged.remainder_(self.row_size)
+        return Topology(self.shape)._set(self.shape, starts, columns)
 
     def contains(self, positions: Tensor) -> Tensor:
         """Which of `positions` (n,) are active, bool (n,), in O(n log nnz)."""
@@ -195,8 +207,57 @@ class Topology:
 
     def without(self, other: Topology) -> Tensor:
         """Flat positions active here and not in `other`, ascending."""
-        indices = self.indices
-        return indices[~other.contains(indices)]
+        parts = [here[~found] for low, high in self._row_chunks() for here, found, _ in [self._find(low, high, other)]]
+        return torch.cat(parts) if parts else self.indices
+
+    def ranks_in(self, other: Topology) -> Tensor:
+        """Where each active entry stands among those of `other`, -1 where it is not among them.
+
+        Returns:
+            (nnz,) int32, or int64 where `other` has 2^31 entries or more.
+        """
+        dtype = torch.int32 if other.nnz <= _INT32 else torch.int64
+        ranks = torch.empty(self.nnz, dtype=dtype, device=self.device)
+        for low, high in self._row_chunks():
+            here, found, at = self._find(low, high, other)
+            first = int(self.starts[low])
+            ranks[first : first + here.numel()] = torch.where(found, at, -1)
+        return ranks
+
+    def between(self, low: int, high: int) -> Tensor:
+        """Flat positions of the active entries in [low, high), ascending, at the cost of the rows that they touch."""
+        if self._columns is None:
+            return torch.arange(low, min(high, self.numel))
+        size = max(1, self.row_size)
+        near = self._indices(min(self.rows, low // size), min(self.rows, -(-high // size)))
+        first, last = torch.searchsorted(near, torch.tensor([low, high], device=near.device)).tolist()
+        return near[first:last]
+
+    def _edges(self, low: int, high: int) -> Tensor:
+        """(high - low + 1,) flat positions where rows low, ..., high begin."""
+        return torch.arange(low, high + 1, device=self.device) * self.row_size
+
+    def _indices(self, low: int, high: int) -> Tensor:
+        """Flat positions of the active entries in rows [low, high)."""
+        if self._starts is None or self._columns is None:
+            return torch.arange(low * self.row_size, high * self.row_size)
+        starts = self._starts[low : high + 1]
+        first, last = int(starts[0]), int(starts[-1])
+        begin = self._edges(low, high)[:-1]
+        return begin.repeat_interleave(starts.diff(), output_size=last - first).add_(self._columns[first:last])
+
+    def _row_chunks(self, more: int = 0) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that together cover all, each of about `_CHUNK` entries where rows are not longer."""
+        step = max(1, _CHUNK * self.rows // max(1, self.nnz + more))
+        for low in range(0, self.rows, step):
+            yield low, min(self.rows, low + step)
+
+    def _find(self, low: int, high: int, other: Topology) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat positions in rows [low, high), whether each is in `other`, and its rank there, all (n,)."""
+        here, there = self._indices(low, high), other.to(self.device)._indices(low, high)
+        at = torch.searchsorted(there, here)
+        found = there[at.clamp(max=max(0, there.numel() - 1))] == here if there.numel() else here < 0
+        return here, found, at + (int(other.starts[low]) if other._starts is not None else low * self.row_size)
 
     def inactive(self, ranks: Tensor) -> Tensor:
         """Flat positions of the inactive entries numbered `ranks` (n,) in ascending order, in O(n log nnz).
