@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 FLOORS = [
     {"streams", "selection", "atomic", "optimizers"},
     {"topology"},
-    {"weight", "validation", "table"},
-    {"method"},
+    {"weight", "validation", "table", "kernels"},
+    {"method", "nn"},
     {"scores", "drops", "growth", "allocation", "schedules", "observers", "redistribution", "storage"},
     {"updates", "starts"},
     {"methods"},

@@ -1,0 +1,9 @@
+"""Products with sparse weights: torch operators over compiled kernels, or over plain torch where these are missing."""
+
+from regrow.kernels.activations import Keeper as Keeper
+from regrow.kernels.geometry import Geometry as Geometry
+from regrow.kernels.index import Index as Index
+from regrow.kernels.native import instruction_set as instruction_set
+from regrow.kernels.ops import conv as conv
+from regrow.kernels.ops import index as index
+from regrow.kernels.ops import linear as linear

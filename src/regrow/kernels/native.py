@@ -1,0 +1,143 @@
+"""The compiled kernels: pointers and sizes of tensors handed over, and whether there are any."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from regrow.kernels.geometry import Geometry
+from regrow.kernels.index import Index
+
+_log = logging.getLogger("regrow")
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def _find() -> ModuleType | None:
+    try:
+        return importlib.import_module("regrow.kernels._native")
+    except ImportError:
+        return None
+
+
+_native = _find()
+_told = False
+
+
+def instruction_set() -> str | None:
+    """The instruction set that the compiled kernels use on this machine; None where they were not compiled."""
+    return None if _native is None else str(_native.isa())
+
+
+def runs_on(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels take these tensors; where they are missing, says so once in the log `regrow`."""
+    global _told  # noqa: PLW0603 - one message per process
+    if _native is None:
+        if not _told:
+            _told = True
+            _log.warning(
+                "regrow was installed without its compiled kernels: sparse layers run on the slow reference; install "
+                "a C++ compiler and run pip install --force-reinstall --no-deps regrow"
+            )
+        return False
+    return all(t.device.type == "cpu" and (not t.is_floating_point() or t.dtype in _DTYPES) for t in tensors)
+
+
+def transpose_index(starts: Tensor, columns: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(t_starts, t_rows, order) by counting: starts (rows + 1,) int64, columns (nnz,) int32 or int64."""
+    assert _native is not None
+    t_starts = torch.empty(cols + 1, dtype=torch.int64)
+    t_rows, order = torch.empty_like(columns), torch.empty_like(columns)
+    pointers = [t.data_ptr() for t in (starts, columns, t_starts, t_rows, order)]
+    _native.transpose_index(_wide(columns), starts.numel() - 1, cols, *pointers)
+    return t_starts, t_rows, order
+
+
+def feature_major(x: Tensor, out: Tensor) -> None:
+    """Write x (batch, features), contiguous, to out (features, batch), contiguous."""
+    assert _native is not None
+    batch, features = x.shape
+    _native.transpose(
+        _DTYPES[x.dtype], torch.get_num_threads(), batch, features, x.data_ptr(), features, out.data_ptr(), batch
+    )
+
+
+def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, transposed: bool, out: Tensor) -> None:
+    """out (batch, rows) = x (batch, cols) W^T + bias; with `transposed`, out (batch, cols) = x (batch, rows) W."""
+    assert _native is not None
+    starts, columns, order = index.starts, index.columns, 0
+    rows, cols = index.rows, index.cols
+    if transposed:
+        starts, columns, order = index.t_starts, index.t_rows, index.order.data_ptr()
+        rows, cols = cols, rows
+    _native.spmm(
+        _DTYPES[x.dtype],
+        _wide(columns),
+        torch.get_num_threads(),
+        rows,
+        cols,
+        x.shape[0],
+        starts.data_ptr(),
+        columns.data_ptr(),
+        order,
+        values.data_ptr(),
+        x.data_ptr(),
+        *x.stride(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *out.stride(),
+    )
+
+
+def sddmm(x: Tensor, dy: Tensor, index: Index, out: Tensor) -> None:
+    """out[j] = sum_b dy[b, row(j)] x[b, column(j)], j below nnz; x (batch, cols), dy (batch, rows)."""
+    assert _native is not None
+    _native.sddmm(
+        _DTYPES[x.dtype],
+        _wide(index.columns),
+        torch.get_num_threads(),
+        index.rows,
+        index.cols,
+        x.shape[0],
+        index.starts.data_ptr(),
+        index.columns.data_ptr(),
+        x.data_ptr(),
+        *x.stride(),
+        dy.data_ptr(),
+        *dy.stride(),
+        out.data_ptr(),
+    )
+
+
+def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, out: Tensor) -> None:
+    """out (N, O, HO, WO) = the convolution of x (N, C, H, W), contiguous, with the sparse weight."""
+    assert _native is not None
+    bias_at = 0 if bias is None else bias.data_ptr()
+    data = [index.starts, index.columns, values, x]
+    _native.conv_forward(*_conv(x, index, geometry), *(t.data_ptr() for t in data), bias_at, out.data_ptr())
+
+
+def conv_input_gradient(dy: Tensor, values: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
+    """out (N, C, H, W): the gradient of the input from dy (N, O, HO, WO), contiguous."""
+    assert _native is not None
+    data = [index.t_starts, index.t_rows, index.order, values, dy, out]
+    _native.conv_input_gradient(*_conv(out, index, geometry), *(t.data_ptr() for t in data))
+
+
+def conv_value_gradient(x: Tensor, dy: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
+    """out[j], j below nnz: the gradient of each value, from x (N, C, H, W) and dy (N, O, HO, WO), contiguous."""
+    assert _native is not None
+    data = [index.starts, index.columns, x, dy, out]
+    _native.conv_value_gradient(*_conv(x, index, geometry), *(t.data_ptr() for t in data))
+
+
+def _conv(x: Tensor, index: Index, geometry: Geometry) -> tuple[int, ...]:
+    head = (_DTYPES[x.dtype], _wide(index.columns), torch.get_num_threads())
+    return (*head, *x.shape, index.rows, *(n for pair in geometry[:-1] for n in pair), geometry.groups)
+
+
+def _wide(columns: Tensor) -> int:
+    return int(columns.dtype == torch.int64)

@@ -1,0 +1,407 @@
+"""Products with sparse weights as torch operators, closed under differentiation.
+
+The gradient of a product is a product with the transposed weight and a sampled one, and theirs are products again, so
+derivatives of any order exist. Every operator has a shape rule, so `torch.compile` and `torch.export` see through it.
+`keep` is the key of a `Keeper` that is shown the operands of the value gradient; 0 is nobody.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.kernels import activations, native, reference
+from regrow.kernels.geometry import Geometry
+from regrow.kernels.index import Index
+from regrow.topology import Topology
+
+_INT32 = torch.iinfo(torch.int32).max
+
+
+def index(topology: Topology) -> Index:
+    """The index of a topology, in O(nnz + rows + cols).
+
+    Examples:
+        >>> index(Topology((2, 3), torch.tensor([1, 2, 4]))).order.tolist()
+        [0, 2, 1]
+    """
+    fits = max(topology.rows, topology.row_size, topology.nnz) <= _INT32
+    columns = topology.columns.to(torch.int32 if fits else torch.int64)
+    found = _kernels(columns).transpose_index(topology.starts, columns, topology.row_size)
+    return Index(topology.starts, columns, *found)
+
+
+def linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, *, transposed: bool = False, keep: int = 0
+) -> Tensor:
+    """y = x W^T + b; with `transposed`, y = x W + b.
+
+    Args:
+        x: (..., cols), or (..., rows) when transposed. Feature-major input, (batch, cols) with stride (1, batch), gives
+            feature-major output: element-wise operations keep the layout, so that it travels from layer to layer.
+        values: (capacity,) of which the first nnz are used, in the order of the index.
+        bias: (rows,), or (cols,) when transposed; or None.
+        index: of W.
+        transposed: multiply by W instead of W^T.
+        keep: the key of a `Keeper`.
+
+    Returns:
+        (..., rows), or (..., cols) when transposed; of the type that autocast asks for, if it does.
+
+    Raises:
+        ValueError: when the last axis of x does not fit.
+    """
+    expected = index.rows if transposed else index.cols
+    if x.shape[-1] != expected:
+        raise ValueError(f"the input has {x.shape[-1]:,} features, the sparse weight takes {expected:,}")
+    x, values, bias = _cast(x, values, bias)
+    y: Tensor = _spmm(_flat(x), values, bias, *index, transposed, keep)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, *, keep: int = 0) -> Tensor:
+    """The convolution of x (N, C, H, W) with a sparse weight, plus bias (O,): (N, O, HO, WO).
+
+    Args:
+        x: (N, C, H, W).
+        values: (capacity,) of which the first nnz are used.
+        bias: (O,) or None.
+        index: of the weight seen as the matrix (O, C / groups * KH * KW).
+        geometry: kernel, stride, padding, dilation, groups.
+        keep: the key of a `Keeper`.
+
+    Raises:
+        ValueError: when the channels of x do not fit.
+    """
+    channels = index.cols * geometry.groups // (geometry.kernel[0] * geometry.kernel[1])
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"the input has shape {tuple(x.shape)}, the sparse convolution takes (N, {channels:,}, H, W)")
+    x, values, bias = _cast(x, values, bias)
+    y: Tensor = _conv(x.contiguous(), values, bias, *index, geometry.ints, keep)
+    return y
+
+
+def _cast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, values, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(batch, features), with one of both strides 1."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def _kernels(*tensors: Tensor) -> ModuleType:
+    return native if native.runs_on(*tensors) else reference
+
+
+def _is_feature_major(x: Tensor) -> bool:
+    return x.t().is_contiguous() and not x.is_contiguous()
+
+
+def _empty(x: Tensor, features: int, feature_major: bool) -> Tensor:
+    batch = x.shape[0]
+    return x.new_empty(features, batch).t() if feature_major else x.new_empty(batch, features)
+
+
+def _feature_major(x: Tensor) -> Tensor:
+    """x (batch, features) with the batch contiguous."""
+    if x.t().is_contiguous():
+        return x
+    y: Tensor = _transpose(x.contiguous())
+    return y.t()
+
+
+@torch.library.custom_op("regrow::transpose", mutates_args=())
+def _transpose(x: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[1], x.shape[0])
+    if native.runs_on(x):
+        native.feature_major(x, out)
+    else:
+        out.copy_(x.t())
+    return out
+
+
+@_transpose.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], x.shape[0])
+
+
+_transpose.register_autograd(lambda context, grad: _transpose(grad.contiguous()), setup_context=lambda *a, **k: None)
+
+
+@torch.library.custom_op("regrow::spmm", mutates_args=())
+def _spmm(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    transposed: bool,
+    keep: int,
+) -> Tensor:
+    """x (batch, cols) W^T + bias, or x (batch, rows) W + bias; the output has the layout of x."""
+    at = Index(starts, columns, t_starts, t_rows, order)
+    out = _empty(x, at.cols if transposed else at.rows, _is_feature_major(x))
+    _kernels(x, values, starts).spmm(x, values, bias, at, transposed, out)
+    return out
+
+
+@_spmm.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    transposed: bool,
+    keep: int,
+) -> Tensor:
+    return _empty(x, (t_starts if transposed else starts).shape[0] - 1, _is_feature_major(x))
+
+
+def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, *at, ctx.transposed, ctx.keep = inputs
+    ctx.save_for_backward(x, values, *at)
+
+
+def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, values, *at = ctx.saved_tensors
+    need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+    dx = dvalues = None
+    dy = _feature_major(grad)
+    if need_x:
+        # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
+        dx = _spmm(dy, values, None, *at, not ctx.transposed, 0)
+        dx = dx if _is_feature_major(x) else dx.contiguous()
+    if need_values:
+        inner, outer = (dy, x) if ctx.transposed else (x, dy)
+        dvalues = _sddmm(inner, outer, *at, values.shape[0], ctx.keep)
+    return dx, dvalues, grad.sum(0) if need_bias else None, *[None] * 7
+
+
+_spmm.register_autograd(_spmm_backward, setup_context=_spmm_context)
+
+
+@torch.library.custom_op("regrow::sddmm", mutates_args=())
+def _sddmm(
+    x: Tensor,
+    dy: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    capacity: int,
+    keep: int,
+) -> Tensor:
+    """(capacity,): at each active entry the sum over the batch of dy[b, row] x[b, column]; zero beyond nnz."""
+    at = Index(starts, columns, t_starts, t_rows, order)
+    out = x.new_empty(capacity)
+    out[at.nnz :] = 0
+    _kernels(x, dy, starts).sddmm(x, dy, at, out)
+    activations.keep(keep, x, dy)
+    return out
+
+
+@_sddmm.register_fake
+def _(
+    x: Tensor,
+    dy: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    capacity: int,
+    keep: int,
+) -> Tensor:
+    return x.new_empty(capacity)
+
+
+def _sddmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, dy, *at, _, _ = inputs
+    ctx.save_for_backward(x, dy, *at)
+
+
+def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, dy, *at = ctx.saved_tensors
+    dx = _spmm(dy, grad, None, *at, True, 0) if ctx.needs_input_grad[0] else None
+    ddy = _spmm(x, grad, None, *at, False, 0) if ctx.needs_input_grad[1] else None
+    return dx, ddy, *[None] * 7
+
+
+_sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_context)
+
+
+@torch.library.custom_op("regrow::conv", mutates_args=())
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    geometry: list[int],
+    keep: int,
+) -> Tensor:
+    """The convolution of x (N, C, H, W), contiguous: (N, O, HO, WO)."""
+    shape = Geometry.from_ints(geometry)
+    out = x.new_empty(x.shape[0], starts.shape[0] - 1, *shape.output(x.shape[2], x.shape[3]))
+    at = Index(starts, columns, t_starts, t_rows, order)
+    _kernels(x, values, starts).conv(x, values, bias, at, shape, out)
+    return out
+
+
+@_conv.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    geometry: list[int],
+    keep: int,
+) -> Tensor:
+    shape = Geometry.from_ints(geometry)
+    return x.new_empty(x.shape[0], starts.shape[0] - 1, *shape.output(x.shape[2], x.shape[3]))
+
+
+def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, *at, ctx.geometry, ctx.keep = inputs
+    ctx.save_for_backward(x, values, *at)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, values, *at = ctx.saved_tensors
+    need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+    dy = grad.contiguous()
+    dx = _conv_input_gradient(dy, values, *at, ctx.geometry, list(x.shape)) if need_x else None
+    dvalues = _conv_value_gradient(x, dy, *at, ctx.geometry, values.shape[0], ctx.keep) if need_values else None
+    return dx, dvalues, grad.sum((0, 2, 3)) if need_bias else None, *[None] * 7
+
+
+_conv.register_autograd(_conv_backward, setup_context=_conv_context)
+
+
+@torch.library.custom_op("regrow::conv_input_gradient", mutates_args=())
+def _conv_input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    geometry: list[int],
+    shape: list[int],
+) -> Tensor:
+    """The gradient of the input, of `shape` (N, C, H, W), from dy (N, O, HO, WO), contiguous."""
+    out = dy.new_empty(shape)
+    at = Index(starts, columns, t_starts, t_rows, order)
+    _kernels(dy, values, starts).conv_input_gradient(dy, values, at, Geometry.from_ints(geometry), out)
+    return out
+
+
+@_conv_input_gradient.register_fake
+def _(
+    dy: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    geometry: list[int],
+    shape: list[int],
+) -> Tensor:
+    return dy.new_empty(shape)
+
+
+def _conv_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, values, *at, ctx.geometry, _ = inputs
+    ctx.save_for_backward(dy, values, *at)
+
+
+def _conv_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dy, values, *at = ctx.saved_tensors
+    grad = grad.contiguous()
+    ddy = _conv(grad, values, None, *at, ctx.geometry, 0) if ctx.needs_input_grad[0] else None
+    dvalues = None
+    if ctx.needs_input_grad[1]:
+        dvalues = _conv_value_gradient(grad, dy, *at, ctx.geometry, values.shape[0], 0)
+    return ddy, dvalues, *[None] * 7
+
+
+_conv_input_gradient.register_autograd(_conv_input_backward, setup_context=_conv_input_context)
+
+
+@torch.library.custom_op("regrow::conv_value_gradient", mutates_args=())
+def _conv_value_gradient(
+    x: Tensor,
+    dy: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    geometry: list[int],
+    capacity: int,
+    keep: int,
+) -> Tensor:
+    """(capacity,): the gradient of each active entry from x (N, C, H, W) and dy (N, O, HO, WO); zero beyond nnz."""
+    at = Index(starts, columns, t_starts, t_rows, order)
+    out = x.new_empty(capacity)
+    out[at.nnz :] = 0
+    _kernels(x, dy, starts).conv_value_gradient(x, dy, at, Geometry.from_ints(geometry), out)
+    activations.keep(keep, x, dy)
+    return out
+
+
+@_conv_value_gradient.register_fake
+def _(
+    x: Tensor,
+    dy: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    t_starts: Tensor,
+    t_rows: Tensor,
+    order: Tensor,
+    geometry: list[int],
+    capacity: int,
+    keep: int,
+) -> Tensor:
+    return x.new_empty(capacity)
+
+
+def _conv_value_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, dy, *at, ctx.geometry, _, _ = inputs
+    ctx.save_for_backward(x, dy, *at)
+
+
+def _conv_value_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, dy, *at = ctx.saved_tensors
+    dx = _conv_input_gradient(dy, grad, *at, ctx.geometry, list(x.shape)) if ctx.needs_input_grad[0] else None
+    ddy = _conv(x, grad, None, *at, ctx.geometry, 0) if ctx.needs_input_grad[1] else None
+    return dx, ddy, *[None] * 8
+
+
+_conv_value_gradient.register_autograd(_conv_value_backward, setup_context=_conv_value_context)

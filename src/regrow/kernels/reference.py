@@ -1,0 +1,102 @@
+"""The kernels in plain torch: the oracle of the compiled ones, and what runs where these do not.
+
+Half precision is accumulated in float32 and rounded once, as the compiled kernels do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regrow.kernels.geometry import Geometry
+from regrow.kernels.index import Index
+
+_CHUNK = 1 << 22
+"""Products held at once."""
+
+
+def transpose_index(starts: Tensor, columns: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(t_starts, t_rows, order) by sorting: starts (rows + 1,) int64, columns (nnz,) int32 or int64."""
+    order = torch.argsort(columns, stable=True)
+    rows = torch.arange(starts.numel() - 1, device=columns.device).repeat_interleave(starts.diff())
+    t_starts = columns.new_zeros(cols + 1, dtype=torch.int64)
+    t_starts[1:] = torch.bincount(columns.long(), minlength=cols).cumsum(0)
+    return t_starts, rows[order].to(columns.dtype), order.to(columns.dtype)
+
+
+def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, transposed: bool, out: Tensor) -> None:
+    """out (batch, rows) = x (batch, cols) W^T + bias; with `transposed`, out (batch, cols) = x (batch, rows) W."""
+    into, of = (index.columns, _rows(index)) if transposed else (_rows(index), index.columns)
+    total = _wide(x).new_zeros(out.shape[1], x.shape[0])
+    features = _wide(x).t()
+    wide = _wide(values)
+    for part in _parts(index.nnz, x.shape[0]):
+        total.index_add_(0, into[part], features[of[part].long()] * wide[part, None])
+    total = total if bias is None else total + _wide(bias)[:, None]
+    out.copy_(total.t())
+
+
+def sddmm(x: Tensor, dy: Tensor, index: Index, out: Tensor) -> None:
+    """out[j] = sum_b dy[b, row(j)] x[b, column(j)], j below nnz; x (batch, cols), dy (batch, rows)."""
+    rows, x_t, dy_t = _rows(index), _wide(x).t(), _wide(dy).t()
+    for part in _parts(index.nnz, x.shape[0]):
+        out[part] = (dy_t[rows[part].long()] * x_t[index.columns[part].long()]).sum(1).to(out.dtype)
+
+
+def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, out: Tensor) -> None:
+    """out (N, O, HO, WO) = the convolution of x (N, C, H, W) with the sparse weight."""
+    patches, grouped = _patches(x, geometry), _grouped(index, geometry, x.shape[1])
+    y = patches.new_empty(patches.shape[0], out.shape[1])
+    spmm(patches, values, bias, grouped, False, y)
+    out.copy_(y.view(out.shape[0], *out.shape[2:], out.shape[1]).permute(0, 3, 1, 2))
+
+
+def conv_input_gradient(dy: Tensor, values: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
+    """out (N, C, H, W): the gradient of the input from dy (N, O, HO, WO)."""
+    n, channels, height, width = out.shape
+    grouped = _grouped(index, geometry, channels)
+    flat = _wide(dy).permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
+    patches = flat.new_empty(flat.shape[0], grouped.cols)
+    spmm(flat, values, None, grouped, True, patches)
+    columns = patches.view(n, dy.shape[2] * dy.shape[3], grouped.cols).transpose(1, 2)
+    kernel, stride, padding, dilation, _ = geometry
+    out.copy_(F.fold(columns, (height, width), kernel, dilation, padding, stride) if n else out)
+
+
+def conv_value_gradient(x: Tensor, dy: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
+    """out[j], j below nnz: the gradient of each value, from x (N, C, H, W) and dy (N, O, HO, WO)."""
+    flat = _wide(dy).permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
+    sddmm(_patches(x, geometry), flat, _grouped(index, geometry, x.shape[1]), out)
+
+
+def _patches(x: Tensor, geometry: Geometry) -> Tensor:
+    """(N HO WO, C KH KW): what each output position sees."""
+    kernel, stride, padding, dilation, _ = geometry
+    size = x.shape[1] * kernel[0] * kernel[1]
+    if not x.shape[0]:
+        return _wide(x).new_empty(0, size)
+    return F.unfold(_wide(x), kernel, dilation, padding, stride).transpose(1, 2).reshape(-1, size)
+
+
+def _grouped(index: Index, geometry: Geometry, channels: int) -> Index:
+    """The index with columns counted over all input channels instead of those of the row's group."""
+    group = _rows(index).long() // max(1, index.rows // geometry.groups)
+    cols = channels * geometry.kernel[0] * geometry.kernel[1]
+    columns = index.columns.long() + group * (cols // geometry.groups)
+    return index._replace(columns=columns, t_starts=columns.new_empty(cols + 1))
+
+
+def _rows(index: Index) -> Tensor:
+    """(nnz,) the row of each value."""
+    rows = torch.arange(index.rows, dtype=index.columns.dtype, device=index.columns.device)
+    return rows.repeat_interleave(index.starts.diff(), output_size=index.nnz)
+
+
+def _parts(nnz: int, batch: int) -> list[slice]:
+    step = max(1, _CHUNK // max(1, batch))
+    return [slice(i, min(nnz, i + step)) for i in range(0, nnz, step)]
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
