@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from types import ModuleType
 
 import torch
@@ -17,6 +18,9 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
 def _find() -> ModuleType | None:
+    """The compiled module, unless it is missing or the environment variable REGROW_ISA says "reference"."""
+    if os.environ.get("REGROW_ISA") == "reference":
+        return None
     try:
         return importlib.import_module("regrow.kernels._native")
     except ImportError:
@@ -39,8 +43,8 @@ def runs_on(*tensors: Tensor) -> bool:
         if not _told:
             _told = True
             _log.warning(
-                "regrow was installed without its compiled kernels: sparse layers run on the slow reference; install "
-                "a C++ compiler and run pip install --force-reinstall --no-deps regrow"
+                "sparse layers run on the slow reference in plain torch, since regrow was installed without its "
+                "compiled kernels or REGROW_ISA=reference is set: install a C++ compiler and then regrow anew"
             )
         return False
     return all(t.device.type == "cpu" and (not t.is_floating_point() or t.dtype in _DTYPES) for t in tensors)
@@ -139,5 +143,5 @@ def _conv(x: Tensor, index: Index, geometry: Geometry) -> tuple[int, ...]:
     return (*head, *x.shape, index.rows, *(n for pair in geometry[:-1] for n in pair), geometry.groups)
 
 
-def _wide(columns: Tensor) -> int:
-    return int(columns.dtype == torch.int64)
+def _wide(columns: Tensor) -> bool:
+    return columns.dtype == torch.int64

@@ -1,0 +1,279 @@
+"""What every sparse module has in common: where values, topology and index of its weights are kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from regrow import kernels
+from regrow.kernels import Geometry, Index
+from regrow.streams import Stream
+from regrow.topology import Topology
+
+Init = Literal["module", "fan_in"]
+"""How values are drawn: as the dense module draws its own, or those scaled to the fan-in each output really has."""
+
+Draw = Callable[[Stream, int], Tensor]
+"""Initial values: (stream, count) -> (count,) float64."""
+
+PERSISTENT = ("starts", "columns")
+"""Fields of an index that a state dict holds; the others follow from them."""
+
+
+class Keys(dict[str, int]):
+    """Keys of the keepers that want to see a module's operands, by weight; a copied module has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Keys:
+        return Keys()
+
+    def __reduce__(self) -> tuple[type[Keys], tuple[()]]:
+        return Keys, ()
+
+
+class SparseModule(nn.Module):
+    """A module whose weights hold active entries only.
+
+    A sparse weight NAME is a parameter NAME of shape (capacity,), of which the first nnz entries are its active values
+    and the others inert zeros, with buffers NAME_starts and NAME_columns that say where the values belong: both are in
+    the state dict. The dense shape of each is in `shapes`.
+    """
+
+    dense_type: type[nn.Module]
+    """The class of the dense module that this one stands for."""
+
+    shapes: dict[str, tuple[int, ...]]
+    keys: Keys
+
+    @staticmethod
+    def names(module: nn.Module) -> Sequence[str]:
+        """The parameters of a dense `module` that are sparse here."""
+        return ("weight",)
+
+    def initial(self, name: str) -> Draw:
+        """How the dense module draws its parameter `name`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, topologies: Mapping[str, Topology] | None = None) -> Self:
+        """A sparse copy of a dense `module`.
+
+        Args:
+            module: of the class that this one stands for; it is left as it is.
+            topologies: what is active, by parameter; where none is given, the entries that are not zero.
+
+        Examples:
+            >>> from regrow.nn import SparseLinear
+            >>> dense = nn.Linear(4, 3)
+            >>> bool((SparseLinear.from_dense(dense).to_dense().weight == dense.weight).all())
+            True
+        """
+        twin = copy.deepcopy(module)
+        weights = {}
+        for name in cls.names(module):
+            parameter = getattr(module, name)
+            at = (topologies or {}).get(name) or nonzero(parameter)
+            values = parameter.detach().reshape(-1)[at.indices.to(parameter.device)]
+            weights[name] = nn.Parameter(values, parameter.requires_grad), at
+        return cls.adopt(twin, weights)
+
+    def to_dense(self) -> nn.Module:
+        """A dense copy, with zeros where nothing is active."""
+        module: nn.Module = copy.deepcopy(self)
+        full = {n: nn.Parameter(self.dense(n).detach(), getattr(self, n).requires_grad) for n in self.shapes}
+        for name in self.shapes:
+            for field in Index._fields:
+                delattr(module, f"{name}_{field}")
+        del module.shapes, module.keys
+        module.__dict__.pop("dense_type", None)
+        module.__class__ = self.dense_type
+        for name, parameter in full.items():
+            setattr(module, name, parameter)
+        return module
+
+    @classmethod
+    def adopt(cls, module: nn.Module, weights: Mapping[str, tuple[nn.Parameter, Topology]]) -> Self:
+        """Turn a dense `module` into one of this class in place, so that every reference to it goes on.
+
+        Args:
+            module: of the class that this one stands for.
+            weights: each sparse weight's parameter, already of shape (capacity,), and its topology.
+        """
+        dense_type = type(module)
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.dense_type = dense_type
+        module._begin()
+        for name, (parameter, topology) in weights.items():
+            module.hold(name, parameter, topology)
+        return module
+
+    def _begin(self) -> None:
+        self.shapes = {}
+        self.keys = Keys()
+
+    def hold(self, name: str, parameter: nn.Parameter, topology: Topology) -> None:
+        """Take `parameter` (capacity,), capacity >= nnz, as the values of sparse weight `name`."""
+        self.register_parameter(name, parameter)
+        self.shapes[name] = topology.shape
+        for field, tensor in kernels.index(topology)._asdict().items():
+            self.register_buffer(f"{name}_{field}", tensor.to(parameter.device), persistent=field in PERSISTENT)
+
+    def index(self, name: str = "weight") -> Index:
+        """The index of a sparse weight."""
+        return Index(*(getattr(self, f"{name}_{field}") for field in Index._fields))
+
+    def topology(self, name: str = "weight") -> Topology:
+        """The topology of a sparse weight."""
+        index = self.index(name)
+        return Topology.from_rows(self.shapes[name], index.starts, index.columns)
+
+    def rewire(self, name: str, topology: Topology) -> None:
+        """Replace the topology of a sparse weight, leaving its values where they are.
+
+        Raises:
+            ValueError: when it has another shape or more entries than the parameter has room for.
+        """
+        capacity = getattr(self, name).numel()
+        if topology.shape != self.shapes[name] or topology.nnz > capacity:
+            raise ValueError(
+                f"{name} has shape {self.shapes[name]} and room for {capacity:,} active entries, which a topology of "
+                f"shape {topology.shape} with {topology.nnz:,} does not fit"
+            )
+        device = getattr(self, name).device
+        for field, tensor in kernels.index(topology)._asdict().items():
+            setattr(self, f"{name}_{field}", tensor.to(device))
+
+    def dense(self, name: str = "weight") -> Tensor:
+        """The weight with its zeros, of its dense shape; differentiable."""
+        topology = self.topology(name)
+        values: Tensor = getattr(self, name)
+        flat = values.new_zeros(topology.numel)
+        return flat.index_put((topology.indices.to(values.device),), values[: topology.nnz]).view(topology.shape)
+
+    def product(self, name: str, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+        """x W^T + bias, or x W + bias when `transposed`; x (..., features)."""
+        values, index, key = getattr(self, name), self.index(name), self.keys.get(name, 0)
+        if index.nnz == index.rows * index.cols and not key:
+            full = values[: index.nnz].view(index.rows, index.cols)
+            return nn.functional.linear(x, full.t() if transposed else full, bias)
+        return kernels.linear(x, values, bias, index, transposed=transposed, keep=key)
+
+    def convolution(self, name: str, x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """The convolution of x (N, C, H, W) with a sparse weight, plus bias."""
+        values, index, key = getattr(self, name), self.index(name), self.keys.get(name, 0)
+        if index.nnz == index.rows * index.cols and not key:
+            full = values[: index.nnz].view(index.rows, -1, *geometry.kernel)
+            return nn.functional.conv2d(
+                x, full, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+            )
+        return kernels.conv(x, values, bias, index, geometry, keep=key)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        strange: Any,
+        errors: list[str],
+    ) -> None:
+        """Take on the saved topology of each weight before its values are read, whatever this module had."""
+        for name, shape in self.shapes.items():
+            saved = [state_dict.get(f"{prefix}{name}_{field}") for field in PERSISTENT]
+            starts, columns = saved
+            if starts is None or columns is None:
+                continue
+            try:
+                self.rewire(name, Topology.from_rows(shape, starts, columns))
+            except (ValueError, RuntimeError) as error:
+                errors.append(f"{prefix}{name}: {error}")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, strange, errors)
+
+    def _draw(
+        self,
+        weights: Mapping[str, tuple[int, ...]],
+        biases: Mapping[str, int],
+        density: float,
+        seed: int | None,
+        init: Init,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Sample `weights` (name -> shape) and draw their values and those of `biases` (name -> size)."""
+        number = int(torch.randint(2**31, ())) if seed is None else seed
+        dtype = dtype or torch.get_default_dtype()
+        for name, shape in weights.items():
+            stream = Stream(number, name, 0)
+            topology = sample(shape, density, stream)
+            values = self.initial(name)(stream, topology.nnz)
+            if init == "fan_in":
+                values *= fan_in_scale(topology)
+            self.hold(name, nn.Parameter(values.to(device, dtype)), topology)
+        for name, size in biases.items():
+            drawn = self.initial(name)(Stream(number, name, 0), size)
+            self.register_parameter(name, nn.Parameter(drawn.to(device, dtype)))
+
+    def _describe(self) -> str:
+        parts = []
+        for name, shape in self.shapes.items():
+            index = self.index(name)
+            label = "" if name == "weight" else f"{name}: "
+            parts.append(f"{label}{index.nnz:,} of {math.prod(shape):,} active")
+        return ", ".join(parts)
+
+
+def uniform(bound: float) -> Draw:
+    """Draws from U(-bound, bound)."""
+    return lambda stream, count: torch.from_numpy(stream.uniform(count)).mul_(2 * bound).sub_(bound)
+
+
+def normal(std: float) -> Draw:
+    """Draws from N(0, std^2), by the inverse of its distribution function."""
+    return lambda stream, count: torch.erfinv(
+        torch.from_numpy(stream.uniform(count)).add_(2.0**-54).mul_(2).sub_(1)
+    ).mul_(std * math.sqrt(2))
+
+
+def nonzero(weight: Tensor) -> Topology:
+    """The topology of the entries that are not zero."""
+    return Topology(tuple(weight.shape), weight.detach().reshape(-1).nonzero().view(-1))
+
+
+def zeros(stream: Stream, count: int) -> Tensor:
+    """Zeros."""
+    return torch.zeros(count, dtype=torch.float64)
+
+
+def fan_in_scale(topology: Topology, out_axis: int = 0) -> Tensor:
+    """sqrt(fan-in of the dense weight / active fan-in of the same output) at each active entry, (nnz,).
+
+    Values drawn for the dense weight and multiplied by this keep the variance of every output that is connected.
+
+    Source: Evci et al. 2022, Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win, section 3.1: each
+    neuron is initialized by the number of connections it has.
+    """
+    outputs = topology.indices
+    outputs //= math.prod(topology.shape[out_axis + 1 :])
+    outputs %= topology.shape[out_axis]
+    active = torch.bincount(outputs, minlength=topology.shape[out_axis])
+    return (topology.numel / topology.shape[out_axis] / active[outputs].double()).sqrt()
+
+
+def sample(shape: tuple[int, ...], density: float, stream: Stream) -> Topology:
+    """A uniformly random topology of `shape` with floor(density numel + 1/2) entries, in O(nnz).
+
+    Raises:
+        ValueError: when density lies outside [0, 1].
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must lie in [0, 1], got {density:g}")
+    numel = math.prod(shape)
+    if density == 1:
+        return Topology(shape)
+    return Topology(shape, torch.from_numpy(stream.subset(numel, math.floor(density * numel + 0.5))))
