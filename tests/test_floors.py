@@ -20,7 +20,7 @@ FLOORS = [
     {"scores", "drops", "growth", "allocation", "schedules", "observers", "redistribution", "storage"},
     {"updates", "starts"},
     {"methods"},
-    {"discovery", "gradients", "registry", "sparsifier"},
+    {"discovery", "gradients", "registry", "storages", "sparsifier"},
     {"files", "metrics"},
     {"app", "__main__"},
 ]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from regrow.allocation import matches
+from regrow.nn import SparseModule
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A parameter or module name or glob, a module type, or a predicate of (canonical parameter name, module)."""
@@ -31,6 +32,8 @@ class Found:
     """Canonical: without the `module.` and `_orig_mod.` of wrappers."""
     parameter: nn.Parameter
     module: nn.Module
+    holders: tuple[tuple[nn.Module, str], ...]
+    """Every module of a sparsifiable type that holds the parameter, with the name it has there."""
     blocks: int = 1
     """Equal blocks of leading rows that are weights of their own: 3 in a packed attention projection."""
     out_axis: int = 0
@@ -81,7 +84,7 @@ def find(
             names = ", ".join(c.name for c in candidates) or "none"
             raise ValueError(f"{selector!r} matches none of the sparsifiable weights: {names}")
     owners = _owners(model, candidates)
-    found, excluded = [], _reparametrized(model)
+    found, excluded = [], [*_reparametrized(model), *_already_sparse(model)]
     for c in candidates:
         reason = _reason(c, skips, onlys, owners.get(id(c.parameter)))
         if reason is None:
@@ -126,19 +129,21 @@ def _reason(found: Found, skips: list[Selector], onlys: list[Selector] | None, o
 
 def _candidates(model: nn.Module) -> list[Found]:
     names = canonical_names(name for name, _ in model.named_parameters(remove_duplicate=False))
-    seen: set[int] = set()
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
     candidates = []
     for path, module in model.named_modules():
         for attribute, blocks, out_axis, in_axis in _weights_of(module):
             parameter = getattr(module, attribute, None)
-            if not isinstance(parameter, nn.Parameter) or id(parameter) in seen:
+            if not isinstance(parameter, nn.Parameter):
+                continue
+            holders.setdefault(id(parameter), []).append((module, attribute))
+            if len(holders[id(parameter)]) > 1:
                 continue
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{path}.{attribute} has no shape yet: run one batch through the lazy module first")
-            seen.add(id(parameter))
             name = names[f"{path}.{attribute}" if path else attribute]
-            candidates.append(Found(name, parameter, module, blocks, out_axis, in_axis))
-    return candidates
+            candidates.append(Found(name, parameter, module, (), blocks, out_axis, in_axis))
+    return [replace(c, holders=tuple(holders[id(c.parameter)])) for c in candidates]
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, int, int]]:
@@ -176,6 +181,16 @@ def _reparametrized(model: nn.Module) -> list[Excluded]:
                 name = canonical(f"{path}.{attribute}" if path else attribute)
                 excluded.append(Excluded(name, shape, math.prod(shape), "reparametrized", True))
     return excluded
+
+
+def _already_sparse(model: nn.Module) -> list[Excluded]:
+    """Weights of sparse modules, which have a topology already."""
+    return [
+        Excluded(canonical(f"{path}.{name}" if path else name), shape, math.prod(shape), "already sparse", False)
+        for path, module in model.named_modules()
+        if isinstance(module, SparseModule)
+        for name, shape in module.shapes.items()
+    ]
 
 
 def _owners(model: nn.Module, candidates: list[Found]) -> dict[int, str]:

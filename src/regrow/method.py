@@ -53,6 +53,10 @@ class Need(Flag):
     """The gradient at every position, at every step."""
     EXPLORED = auto()
     """The set of positions that were ever active, for the exploration rate R_s."""
+    DENSE_VALUES = auto()
+    """A value at every position during training, as a ramp from dense has at first."""
+    ROOM = auto()
+    """Room in each weight for more entries than it starts with, since weights trade them."""
 
 
 class Rule(NamedTuple):

@@ -52,6 +52,27 @@ def second_moment_bias(optimizer: Optimizer, parameter: nn.Parameter) -> float:
     return 1.0 if "betas" not in group or step is None else 1 - float(group["betas"][1]) ** float(step)
 
 
+def starting_moment(
+    optimizer: Optimizer, parameter: nn.Parameter, active: Tensor, grown: Tensor | None, count: int
+) -> Tensor:
+    """The second moment that `count` newcomers of a weight start with, (count,).
+
+    Zero would make Adam's steps several times the learning rate. The mean over the active entries is a typical size;
+    the square of the newcomer's own gradient, where growth looked at one, is the size it will have.
+
+    Args:
+        optimizer: the one that holds `parameter`.
+        parameter: the parameter that the weight is part of.
+        active: second moments at the active entries, (nnz,).
+        grown: gradients of the newcomers, (count,), or None.
+        count: how many.
+    """
+    start = (active.mean() if active.numel() else active.new_zeros(())).expand(count)
+    if grown is None:
+        return start
+    return torch.maximum(start, second_moment_bias(optimizer, parameter) * grown.to(active.dtype) ** 2)
+
+
 def skips_step(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer is about to skip this step inside, because a gradient scaler found an overflow."""
     found_inf = getattr(optimizer, "found_inf", None)

@@ -13,6 +13,7 @@ from regrow import registry
 from regrow.discovery import Excluded, Selector, find
 from regrow.gradients import Loss, mean_gradient
 from regrow.method import Method, Need
+from regrow.nn import Init
 from regrow.observers import mark_explored
 from regrow.optimizers import (
     StepArguments,
@@ -23,7 +24,8 @@ from regrow.optimizers import (
     skips_step,
     with_closure,
 )
-from regrow.storage.masked import MaskedParameter
+from regrow.starts import scale_to_fan_in
+from regrow.storages import Storage, leave_meta_device, quarter_of_free_memory, require_sparse, stored
 from regrow.streams import Stream
 from regrow.table import table
 from regrow.topology import Topology
@@ -35,17 +37,20 @@ STATE_KEYS = ("version", "step", "updates", "started", "seed", "shapes", "method
 """What a state dict of a `Sparsifier` holds."""
 
 
-def sparsify(
+def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by its name
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
     method: Method,
     *,
-    storage: Literal["masked"] = "masked",
+    storage: Storage = "masked",
     skip: Selector | Sequence[Selector] = (),
     only: Selector | Sequence[Selector] | None = None,
     budget: Literal["sparsified", "model"] = "sparsified",
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    init: Init = "module",
+    allow_dense: bool = False,
+    update_memory: int | None = None,
     seed: int = 0,
 ) -> Sparsifier:
     """Make `model` sparse and keep it so while `optimizer` trains it; the training loop stays as it is.
@@ -56,7 +61,9 @@ def sparsify(
         model: its parameters keep their identity, names and dtype.
         optimizer: any `torch.optim.Optimizer`, or a sequence of them that together hold the weights.
         method: a recipe of `regrow.methods`, or one composed of the same parts.
-        storage: "masked" keeps dense tensors that are zero outside their topology.
+        storage: "masked" keeps dense tensors that are zero outside their topology. "compressed" holds active values
+            only and runs on sparse kernels; the model's modules take their sparse form in place, and a model built
+            under `torch.device("meta")` never has a dense one.
         skip: what stays dense: parameter or module names, globs, module types, or predicates of (name, module).
         only: what is sparsified at all; None means every weight of a known type.
         budget: "sparsified": the density holds among the sparsified weights. "model": among these and the weights
@@ -64,6 +71,11 @@ def sparsify(
         batches: data from which a start that ranks gradients (SNIP) takes their mean at once; without it such a
             start takes the place of the first optimizer step.
         loss: (model, batch) -> scalar; required with `batches`.
+        init: "module" leaves first values as the modules draw them; "fan_in" scales them to the connections that each
+            output really has.
+        allow_dense: accept a method that makes compressed storage as large as dense for a while or for good.
+        update_memory: bytes of inputs and output gradients that compressed storage may keep in the step of an update;
+            None means a quarter of the memory that is free now.
         seed: of every random draw; the same seed gives the same topologies on any rank, device or run.
 
     Returns:
@@ -84,20 +96,22 @@ def sparsify(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a Method such as methods.static(density=0.1), got {method!r}")
-    require_choice("sparsify", "storage", storage, ("masked",))
+    require_choice("sparsify", "storage", storage, ("masked", "compressed"))
+    require_choice("sparsify", "init", init, ("module", "fan_in"))
     require_choice("sparsify", "budget", budget, ("sparsified", "model"))
     optimizers = _as_list(optimizer)
     found, excluded = find(model, skip, only)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
     registry.require_free({id(f.parameter): f.name for f in found}, optimizers)
     owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
+    if storage == "compressed" and not allow_dense:
+        require_sparse(method, found, batches is not None)
     with torch.no_grad():
-        parameters = [
-            MaskedParameter(f.parameter, o, f.names, f.out_axis, f.in_axis) for f, o in zip(found, owners, strict=True)
-        ]
+        limit = quarter_of_free_memory() if update_memory is None else update_memory
+        parameters = stored(found, owners, storage, limit)
         sparsifier = Sparsifier(model, optimizers, method, parameters, excluded, outside, seed)
         try:
-            sparsifier._begin(batches, loss)
+            sparsifier._begin(batches, loss, init)
         except BaseException:
             sparsifier.remove()
             raise
@@ -210,7 +224,7 @@ class Sparsifier:
         self._handles.clear()
         registry.discard(self)
 
-    def _begin(self, batches: Iterable[Any] | None, loss: Loss | None) -> None:
+    def _begin(self, batches: Iterable[Any] | None, loss: Loss | None, init: Init) -> None:
         needs_gradient = self.method.start.needs_gradient
         if (batches is None) != (loss is None):
             raise ValueError("batches= and loss= belong together: give both or neither")
@@ -224,7 +238,23 @@ class Sparsifier:
                 self._start()
         elif not needs_gradient:
             self._start()
+        for parameter in self._parameters:
+            parameter.require_free()
+        for parameter in self._parameters:
+            parameter.materialize(self._room(parameter), self.seed)
+        leave_meta_device(self.model, self.seed)
+        if init == "fan_in":
+            scale_to_fan_in(self.weights)
         self._prepare_next()
+
+    def _room(self, parameter: StoredParameter) -> int:
+        """The most entries that a parameter will ever hold."""
+        numel = sum(w.topology.numel for w in parameter.weights)
+        if not self.started or Need.DENSE_VALUES in self.method.needs:
+            return numel
+        if Need.ROOM in self.method.needs:
+            return min(numel, self.nnz)
+        return sum(w.topology.nnz for w in parameter.weights)
 
     def _start(self) -> None:
         self._draw_for(0)
@@ -257,10 +287,10 @@ class Sparsifier:
         """A closure after which gradients are masked, and set aside where an update or the observer reads them."""
 
         def watched() -> Any:
+            for parameter in self._parameters:
+                parameter.release()
             loss = closure()
             with torch.no_grad():
-                for parameter in self._parameters:
-                    parameter.release()
                 self.mask_gradients()
             return loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from regrow.method import Allocation, Score, Start
+from regrow.nn import fan_in_scale
 from regrow.topology import Topology
 from regrow.updates import prune_to
 from regrow.weight import Weights
@@ -40,3 +41,14 @@ def by_score(density: float | None, score: Score, allocate: Allocation, *, needs
         prune_to(weights, None if density is None else weights.total(density), score, allocate)
 
     return Start(make, needs_gradient, lambda weights: weights.require(density))
+
+
+def scale_to_fan_in(weights: Weights) -> None:
+    """Scale first values to the fan-in that each output really has: by sqrt(dense fan-in / active fan-in).
+
+    Source: Evci et al. 2022, Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win, section 3.1.
+    """
+    for weight in weights:
+        values = weight.values()
+        scale = fan_in_scale(weight.topology, weight.out_axis).to(values.device)
+        weight.set_values((values.double() * scale).to(values.dtype))

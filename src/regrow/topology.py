@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,7 @@ class Topology:
         Raises:
             ValueError: when they are anything else.
         """
-        topology = cls(shape)
+        topology = cls.trusted(shape, starts, columns)
         rows, size = topology.rows, topology.row_size
         sound = starts.shape == (rows + 1,) and int(starts[0]) == 0 and int(starts[-1]) == columns.numel()
         if sound and columns.numel():
@@ -93,6 +93,34 @@ class Topology:
                 f"columns of a weight of shape {shape} must ascend within each of its {rows:,} rows of {size:,} entries"
             )
         return topology._set(shape, starts.to(torch.int64), columns.to(topology._column_type))
+
+    @classmethod
+    def trusted(cls, shape: tuple[int, ...], starts: Tensor, columns: Tensor) -> Topology:
+        """`from_rows` without a look at what is known to be sound, sharing its memory."""
+        return cls(shape)._set(shape, starts, columns)
+
+    @classmethod
+    def stack(cls, topologies: Sequence[Topology]) -> Topology:
+        """One topology of all rows of `topologies`, whose shapes differ in the first axis at most."""
+        first = topologies[0]
+        if len(topologies) == 1:
+            return first
+        shape = (sum(t.rows for t in topologies), *first.shape[1:])
+        if all(t._columns is None for t in topologies):
+            return cls(shape)
+        device = next(t.device for t in topologies if t._columns is not None)
+        counts = torch.cat([t.starts.diff().to(device) for t in topologies])
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls.trusted(shape, starts, torch.cat([t.columns.to(device) for t in topologies]))
+
+    def block(self, low: int, high: int) -> Topology:
+        """The topology of rows [low, high), sharing memory with this one."""
+        shape = (high - low, *self.shape[1:])
+        if (low, high) == (0, self.rows) or self._starts is None or self._columns is None:
+            return self if shape == self.shape else Topology(shape)
+        starts = self._starts[low : high + 1]
+        first, last = int(starts[0]), int(starts[-1])
+        return Topology.trusted(shape, starts - first, self._columns[first:last])
 
     @property
     def rows(self) -> int:
@@ -177,7 +205,7 @@ class Topology:
         if self._starts is None or self._columns is None:
             return Topology(self.shape, ranks)
         starts = torch.searchsorted(ranks, self._starts.to(ranks.device))
-        return Topology(self.shape)._set(self.shape, starts, self._columns.to(ranks.device)[ranks])
+        return Topology.trusted(self.shape, starts, self._columns.to(ranks.device)[ranks])
 
     def add(self, positions: Tensor) -> Topology:
         """With `positions` (count,), distinct inactive flat positions in any order, active too."""
@@ -195,7 +223,7 @@ class Topology:
             if not bool((merged.diff() > 0).all()):
                 raise ValueError(f"positions added to a weight of shape {self.shape} must be distinct and inactive")
             columns[int(starts[low]) : int(starts[high])] = merged.remainder_(self.row_size)
-        return Topology(self.shape)._set(self.shape, starts, columns)
+        return Topology.trusted(self.shape, starts, columns)
 
     def contains(self, positions: Tensor) -> Tensor:
         """Which of `positions` (n,) are active, bool (n,), in O(n log nnz)."""
@@ -273,7 +301,7 @@ class Topology:
         """The same topology on `device`."""
         if self._starts is None or self._columns is None or self.device == device:
             return self
-        return Topology(self.shape)._set(self.shape, self._starts.to(device), self._columns.to(device))
+        return Topology.trusted(self.shape, self._starts.to(device), self._columns.to(device))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Topology):

@@ -25,11 +25,15 @@ class SparseWeight(Protocol):
     shape: tuple[int, ...]
     out_axis: int
     in_axis: int
-    topology: Topology
     generator: Stream
     """The draws of the current step."""
     state: dict[str, Tensor]
     """What observers keep, saved with the sparsifier."""
+
+    @property
+    def topology(self) -> Topology:
+        """What is active."""
+        ...
 
     @property
     def has_grad(self) -> bool:
@@ -78,6 +82,19 @@ class StoredParameter(Protocol):
     @property
     def weights(self) -> Sequence[SparseWeight]:
         """The weights that it holds."""
+        ...
+
+    def require_free(self) -> None:
+        """Raise ValueError when something would keep `materialize` from doing its work."""
+        ...
+
+    def materialize(self, room: int, seed: int) -> None:
+        """Take the form in which values are stored, once the first topologies are known.
+
+        Args:
+            room: the most entries that the parameter will ever hold.
+            seed: of the values, where there are none yet.
+        """
         ...
 
     def mask_gradient(self) -> None:

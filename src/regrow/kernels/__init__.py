@@ -7,3 +7,4 @@ from regrow.kernels.native import instruction_set as instruction_set
 from regrow.kernels.ops import conv as conv
 from regrow.kernels.ops import index as index
 from regrow.kernels.ops import linear as linear
+from regrow.kernels.ops import sampled as sampled

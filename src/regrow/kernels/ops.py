@@ -119,6 +119,16 @@ def _feature_major(x: Tensor) -> Tensor:
     return y.t()
 
 
+def sampled(operands: activations.Operands, index: Index) -> Tensor:
+    """The gradient of a weight at the entries of `index`, (nnz,), from what one product left behind."""
+    x, dy, geometry = operands
+    if geometry is None:
+        found: Tensor = _sddmm(x, dy, *index, index.nnz, 0)
+    else:
+        found = _conv_value_gradient(x, dy, *index, geometry.ints, index.nnz, 0)
+    return found
+
+
 @torch.library.custom_op("regrow::transpose", mutates_args=())
 def _transpose(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[1], x.shape[0])
@@ -371,8 +381,9 @@ def _conv_value_gradient(
     at = Index(starts, columns, t_starts, t_rows, order)
     out = x.new_empty(capacity)
     out[at.nnz :] = 0
-    _kernels(x, dy, starts).conv_value_gradient(x, dy, at, Geometry.from_ints(geometry), out)
-    activations.keep(keep, x, dy)
+    shape = Geometry.from_ints(geometry)
+    _kernels(x, dy, starts).conv_value_gradient(x, dy, at, shape, out)
+    activations.keep(keep, x, dy, shape)
     return out
 
 

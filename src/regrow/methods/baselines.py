@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regrow import starts
 from regrow.allocation import erk
-from regrow.method import Allocation, Method
+from regrow.method import Allocation, Method, Need
 from regrow.validation import require_density
 
 
@@ -15,7 +15,7 @@ def dense() -> Method:
         >>> dense().due(100)
         False
     """
-    return Method("dense", starts.dense())
+    return Method("dense", starts.dense(), needs=Need.DENSE_VALUES)
 
 
 def static(density: float | None, *, allocate: Allocation = erk) -> Method:

@@ -144,7 +144,7 @@ def snfs(
 
     Examples:
         >>> snfs(0.1, until=350).needs
-        <Need.EVERY_GRADIENT: 2>
+        <Need.EVERY_GRADIENT|ROOM: 18>
     """
     _check("snfs", density, fraction, regrow_dropped, timing)
     if not 0 <= decay < 1:
@@ -157,7 +157,7 @@ def snfs(
         every(interval, update, begin=begin, until=until),
         observe=observers.momentum(decay),
         timing=timing,
-        needs=Need.EVERY_GRADIENT,
+        needs=Need.EVERY_GRADIENT | (Need.NOTHING if redistribute is None else Need.ROOM),
     )
 
 

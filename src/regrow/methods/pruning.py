@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regrow import starts
 from regrow.allocation import globally, uniform
-from regrow.method import Allocation, Method, Timing
+from regrow.method import Allocation, Method, Need, Timing
 from regrow.schedules import cubic
 from regrow.scores import magnitude, saliency
 from regrow.updates import every, prune
@@ -65,4 +65,4 @@ def gmp(
     require_choice("gmp", "timing", timing, ("instead", "after"))
     ramp = prune(cubic(1.0, density, until, begin), magnitude, allocate)
     update = every(interval, ramp, begin=begin or None, until=until)
-    return Method("gmp", starts.dense(), update, timing=timing)
+    return Method("gmp", starts.dense(), update, timing=timing, needs=Need.DENSE_VALUES)

@@ -130,7 +130,7 @@ class SparseModule(nn.Module):
     def topology(self, name: str = "weight") -> Topology:
         """The topology of a sparse weight."""
         index = self.index(name)
-        return Topology.from_rows(self.shapes[name], index.starts, index.columns)
+        return Topology.trusted(self.shapes[name], index.starts, index.columns)
 
     def rewire(self, name: str, topology: Topology) -> None:
         """Replace the topology of a sparse weight, leaving its values where they are.

@@ -20,7 +20,7 @@ from regrow.optimizers import (
     SECOND_MOMENTS,
     forget_other_state,
     preserves_zeros,
-    second_moment_bias,
+    starting_moment,
     weight_shaped_state,
 )
 from regrow.streams import Stream
@@ -77,6 +77,12 @@ class MaskedParameter:
                 call(parameter)
 
         self._handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def require_free(self) -> None:
+        """Nothing can be in the way."""
+
+    def materialize(self, room: int, seed: int) -> None:
+        """Nothing changes: the parameter stays what it is."""
 
     def remove(self) -> None:
         """Detach from the parameter, which keeps its values."""
@@ -285,16 +291,10 @@ class MaskedWeight:
         self.owner.write_mask(self.rows, self.topology.mask)
 
     def _starting_moment(self, moment: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:
-        """Newcomers' positions and the second moment they start with, both (n,).
-
-        Zero would make Adam's steps several times the learning rate. The mean over the active entries is a typical
-        size; the square of the newcomer's own gradient, where growth looked at one, is the size it will have.
-        """
+        """Newcomers' positions and the second moment they start with, both (n,)."""
         positions = topology.without(self.topology)
-        active = self._active(moment)
-        start = (active.mean() if active.numel() else active.new_zeros(())).expand(positions.numel())
-        if self.owner.looked:
-            grown = self._block(self.owner.everywhere())[positions.to(moment.device)].to(moment.dtype)
-            factor = second_moment_bias(self.owner.optimizer, self.owner.parameter)
-            start = torch.maximum(start, factor * grown**2)
-        return positions, start
+        grown = self._block(self.owner.everywhere())[positions.to(moment.device)] if self.owner.looked else None
+        owner = self.owner
+        return positions, starting_moment(
+            owner.optimizer, owner.parameter, self._active(moment), grown, positions.numel()
+        )

@@ -1,0 +1,490 @@
+"""Compressed storage: only active values exist, in the weight, its gradient and the optimizer's state.
+
+A weight costs 4 bytes per active entry (in float32) for each of value, gradient and optimizer state, and 12 for the
+topology as the kernels read it. The gradient at inactive positions is never formed as a whole: in the step of an update
+the inputs and output gradients of the layer are kept, and growth reads the gradient from them in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow import kernels, selection
+from regrow.nn import SparseModule, sparse_class
+from regrow.optimizers import (
+    SECOND_MOMENTS,
+    forget_other_state,
+    preserves_zeros,
+    starting_moment,
+    weight_shaped_state,
+)
+from regrow.streams import Stream
+from regrow.topology import Topology
+
+REFUSED = frozenset({"Muon", "Adafactor", "LBFGS"})
+"""Optimizers of torch.optim that read a weight's dense shape, or all parameters as one vector."""
+
+_BLOCK = 1 << 22
+"""Entries of the gradient that are formed at once."""
+
+Holder = tuple[nn.Module, str]
+"""A module and the name under which it holds a parameter."""
+
+
+class CompressedParameter:
+    """One parameter of which only active values exist, its modules, its optimizer and what growth may read.
+
+    Until `materialize` the parameter is what it was, dense or on the meta device, and rewiring only notes topologies.
+
+    Args:
+        parameter: any float dtype; it keeps its identity.
+        optimizer: the optimizer that steps it.
+        names: canonical name of each equal block of leading rows; a single name for an ordinary weight.
+        out_axis: which axis counts the outputs.
+        in_axis: which axis counts the inputs.
+        holders: every module that holds the parameter.
+        allow: called with the bytes of inputs and output gradients about to be kept; raises where they are too many.
+
+    Raises:
+        ValueError: for a module without sparse form or an optimizer that cannot work on active values alone.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        optimizer: Optimizer,
+        names: Sequence[str],
+        out_axis: int,
+        in_axis: int,
+        holders: Sequence[Holder],
+        allow: Callable[[int], None],
+    ) -> None:
+        _require_sparse_form(names[0], optimizer, holders)
+        self.parameter = parameter
+        self.optimizer = optimizer
+        self.holders = list(holders)
+        self.shape = tuple(parameter.shape)
+        self.fresh = False
+        self.reached = False
+        self._materialized = False
+        self._keep_dense = False
+        self._holding = False
+        self._keeper = kernels.Keeper(allow)
+        self._earlier = 0
+        """How many of the kept operands belong to backward passes that are already in the gradient."""
+        self._seen: tuple[weakref.ref[Tensor], int] | None = None
+        self._largest = 0.0
+        self._factor = 1.0
+        self._scale = 1.0
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        rows = self.shape[0] // len(names)
+        self.weights = [
+            CompressedWeight(self, name, (i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
+        ]
+
+    @property
+    def keep_dense(self) -> bool:
+        """Whether the coming backward passes keep what the gradient at inactive positions is made of."""
+        return self._keep_dense
+
+    @keep_dense.setter
+    def keep_dense(self, value: bool) -> None:
+        self._keep_dense = value
+        self._watch()
+
+    @property
+    def holding(self) -> bool:
+        """Whether what was kept outlives the next backward, for an update that is still to come."""
+        return self._holding
+
+    @holding.setter
+    def holding(self, value: bool) -> None:
+        self._holding = value
+        self._watch()
+
+    def _watch(self) -> None:
+        """Show the keeper to the modules while it is to see their backward passes."""
+        if self._materialized:
+            for module, name in self._sparse():
+                if self._keep_dense and not self._holding:
+                    module.keys[name] = self._keeper.key
+                else:
+                    module.keys.pop(name, None)
+
+    def _sparse(self) -> Iterator[tuple[SparseModule, str]]:
+        for module, name in self.holders:
+            assert isinstance(module, SparseModule)
+            yield module, name
+
+    @property
+    def whole(self) -> Topology:
+        """The topology of all blocks, sharing memory with the index of the kernels."""
+        if not self._materialized:
+            return Topology.stack([w.noted for w in self.weights])
+        module, name = next(self._sparse())
+        return module.topology(name)
+
+    # Becoming sparse
+
+    def require_free(self) -> None:
+        """Raise ValueError when the parameter cannot change its memory, since something still refers to it."""
+        other = nn.Parameter(self.parameter.detach().new_empty(0), self.parameter.requires_grad)
+        try:
+            _exchange(self.parameter, other)
+            _exchange(self.parameter, other)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.weights[0].name} cannot become compressed while something else refers to it ({error}): call "
+                "regrow.sparsify before the first forward pass, or delete that pass's outputs"
+            ) from None
+
+    def materialize(self, room: int, seed: int) -> None:
+        """Give the parameter memory for its active values only, and its modules their sparse form.
+
+        Args:
+            room: the most entries that the parameter will ever hold; at least as many as it holds are made room for.
+            seed: of the values, where the parameter lies on the meta device.
+        """
+        topology = Topology.stack([w.noted for w in self.weights])
+        capacity = max(room, topology.nnz)
+        held = weight_shaped_state(self.optimizer, self.parameter)
+        forget_other_state(self.optimizer, self.parameter)
+        state = {key: _gathered(tensor, topology, capacity) for key, tensor in held.items()}
+        dense, grad = self.parameter.detach(), self.parameter.grad
+        blank = torch.empty(0, dtype=dense.dtype)
+        fresh = nn.Parameter(
+            blank if dense.is_meta else _gathered(dense, topology, capacity), self.parameter.requires_grad
+        )
+        _exchange(self.parameter, fresh)
+        self.optimizer.state.get(self.parameter, {}).update(state)
+        if grad is not None and not grad.is_meta:
+            self.parameter.grad = _gathered(grad, topology, capacity)
+        for module, name in self.holders:
+            if not isinstance(module, SparseModule):
+                cls = sparse_class(module)
+                assert cls is not None
+                cls.adopt(module, {})
+            assert isinstance(module, SparseModule)
+            if dense.is_meta and self.parameter.numel() < capacity:
+                drawn = module.initial(name)(Stream(seed, self.weights[0].name, -1), topology.nnz)
+                values = drawn.new_zeros(capacity)
+                values[: topology.nnz] = drawn
+                self.parameter.data = values.to(dense.dtype)
+            module.hold(name, self.parameter, topology)
+        self._materialized = True
+        for weight in self.weights:
+            weight.noted = Topology(weight.shape)
+        self._watch()
+        accumulated = weakref.WeakMethod(self._accumulated)
+
+        def hook(parameter: Tensor) -> None:
+            """Weak, since the garbage collector does not see through a tensor's hooks."""
+            if (call := accumulated()) is not None:
+                call(parameter)
+
+        self._handle = self.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        """Detach from the parameter, which stays compressed and trains with the topology that it has."""
+        self.keep_dense = False
+        if self._handle is not None:
+            self._handle.remove()
+
+    # Gradients
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        """After each backward: forget what was kept before, unless the gradient still contains it."""
+        grad = parameter.grad
+        if grad is None:
+            return
+        self.fresh = self.reached = True
+        if self._holding or not self._keep_dense:
+            return
+        seen = self._seen
+        if seen is None or seen[0]() is not grad or grad._version != seen[1] + 1:
+            del self._keeper.kept[: self._earlier]
+        self._earlier = len(self._keeper.kept)
+        self._seen = weakref.ref(grad), grad._version
+        self._largest, self._factor = _largest(grad), 1.0
+
+    def mask_gradient(self) -> None:
+        """Zero the inert tail of the gradient."""
+        grad = self.parameter.grad
+        if grad is not None and self._materialized:
+            grad[self.nnz :] = 0
+
+    def settle(self) -> None:
+        """Make what was kept agree with the parameter's gradient: as much clipped or unscaled, or forgotten."""
+        grad = self.parameter.grad
+        if self._holding or not self._keeper.kept:
+            return
+        if grad is None or self._seen is None or self._seen[0]() is not grad:
+            self._forget()
+            return
+        now = _largest(grad)
+        # On several ranks the gradient has become a mean, which is no multiple of this rank's.
+        if _ranks() == 1 and 0 < self._largest < math.inf and now < math.inf:
+            self._factor = now / self._largest
+
+    def _forget(self) -> None:
+        self._keeper.kept.clear()
+        self._earlier, self._seen, self._factor = 0, None, 1.0
+
+    def set_aside(self) -> None:
+        """Nothing is to be done: what growth reads lies in the keeper, apart from the gradient."""
+        self.settle()
+
+    def release(self) -> None:
+        """Forget what was kept."""
+        self._forget()
+        self.holding = False
+        self._scale = 1.0
+
+    def use_scale(self, scale: float) -> None:
+        """Divide by `scale` whatever gradients are read: a fused optimizer's step begins with scaled ones."""
+        self._scale = scale
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of inputs and output gradients that are kept."""
+        return self._keeper.nbytes
+
+    @property
+    def looked(self) -> bool:
+        """Whether there is a gradient at every position for growth to look at."""
+        return bool(self._keeper.kept)
+
+    def require_finite_gradient(self) -> None:
+        """Raise ValueError when the gradient at the active entries is not finite; growth checks the others."""
+        grad = self.parameter.grad
+        if grad is not None and not selection.is_finite(grad):
+            bad = int((~grad.isfinite()).sum())
+            raise ValueError(
+                f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the "
+                "learning rate, or skip such steps with a gradient scaler"
+            )
+
+    def gradient(self) -> Tensor:
+        """The gradient, (capacity,), or of the dense shape before `materialize`.
+
+        Raises:
+            ValueError: when no backward reached the parameter.
+        """
+        grad = self.parameter.grad
+        if grad is None:
+            name = self.weights[0].name
+            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step()")
+        return grad if self._scale == 1 else grad / self._scale
+
+    def gradient_rows(self, low: int, high: int) -> Tensor:
+        """Rows [low, high) of the gradient at every position, flat; the mean over ranks.
+
+        Raises:
+            ValueError: when what it is made of was not kept, as the method did not declare that it needs it.
+        """
+        if not self._materialized:
+            return self.gradient().detach()[low:high].reshape(-1)
+        if not self._keeper.kept:
+            raise ValueError(
+                f"{self.weights[0].name}: the gradient at inactive positions is not kept here: declare it in the "
+                "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
+            )
+        rows = self._keeper.rows(low, high, math.prod(self.shape[1:])).view(-1)
+        return self._mean(rows).mul_(self._factor / self._scale)
+
+    def gradient_at(self, topology: Topology) -> Tensor:
+        """The gradient at the entries of a topology of the whole parameter, (nnz,); the mean over ranks."""
+        index = kernels.index(topology)
+        total = torch.stack([kernels.sampled(o, index) for o in self._keeper.kept]).sum(0)
+        return self._mean(total).mul_(self._factor / self._scale)
+
+    def _mean(self, gradient: Tensor) -> Tensor:
+        if _ranks() > 1:
+            torch.distributed.all_reduce(gradient)
+            gradient /= _ranks()
+        return gradient
+
+    # Values and state
+
+    @property
+    def nnz(self) -> int:
+        """Active entries of all blocks."""
+        module, name = next(self._sparse())
+        return module.index(name).nnz
+
+    def project(self) -> None:
+        """Zero the inert tail, whoever wrote to it."""
+        if self._materialized:
+            self.parameter.detach()[self.nnz :] = 0
+
+    def project_state(self) -> None:
+        """Zero the inert tail of the optimizer's state."""
+        if self._materialized:
+            for state in weight_shaped_state(self.optimizer, self.parameter).values():
+                state[self.nnz :] = 0
+
+    def stepped(self) -> None:
+        """Project after the optimizer's step, unless it is known to leave zeros at zero."""
+        if self.parameter.numel() > self.nnz and not preserves_zeros(self.optimizer, self.parameter):
+            self.project()
+            self.project_state()
+
+    def rewire(self, new: Topology) -> None:
+        """Change the topology of the whole parameter, carrying values, gradient and state of the survivors."""
+        forget_other_state(self.optimizer, self.parameter)
+        old = self.whole
+        source = new.ranks_in(old)
+        state = weight_shaped_state(self.optimizer, self.parameter)
+        moments = {key: self._moments(s, old, new) for key, s in state.items() if key in SECOND_MOMENTS}
+        newcomers = source < 0
+        source.clamp_(min=0)
+        gone = torch.zeros((), dtype=self.parameter.dtype)
+        grad = self.parameter.grad
+        for tensor in (self.parameter.detach(), *state.values(), *(() if grad is None else (grad,))):
+            if old.nnz:
+                tensor[: new.nnz] = torch.where(newcomers, gone.to(tensor), tensor.index_select(0, source))
+            tensor[new.nnz :] = 0
+        for key, moment in moments.items():
+            state[key][: new.nnz][newcomers] = moment
+        del source, newcomers
+        for module, name in self._sparse():
+            module.rewire(name, new)
+
+    def _moments(self, moment: Tensor, old: Topology, new: Topology) -> Tensor:
+        """The second moments that newcomers start with, in their order."""
+        grown = self.gradient_at(Topology(new.shape, new.without(old))) if self.looked else None
+        parts, first = [], 0
+        for weight in self.weights:
+            before, after = old.block(*weight.rows), new.block(*weight.rows)
+            begin, count = int(old.starts[weight.rows[0]]), after.without(before).numel()
+            active = moment[begin : begin + before.nnz]
+            here = None if grown is None else grown[first : first + count]
+            parts.append(starting_moment(self.optimizer, self.parameter, active, here, count))
+            first += count
+        return torch.cat(parts)
+
+
+class CompressedWeight:
+    """A `SparseWeight` over a block of rows of a compressed parameter."""
+
+    def __init__(
+        self, owner: CompressedParameter, name: str, rows: tuple[int, int], out_axis: int, in_axis: int
+    ) -> None:
+        self.owner = owner
+        self.name = name
+        self.rows = rows
+        self.out_axis = out_axis
+        self.in_axis = in_axis
+        self.shape = (rows[1] - rows[0], *owner.shape[1:])
+        self.noted = Topology(self.shape)
+        """The topology until the parameter becomes compressed."""
+        self.generator = Stream(0, name, 0)
+        self.state: dict[str, Tensor] = {}
+
+    @property
+    def topology(self) -> Topology:
+        """What is active."""
+        return self.owner.whole.block(*self.rows) if self.owner._materialized else self.noted
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether the last backward reached this weight; a gradient that someone zeroed or wrote is looked at."""
+        grad = self.owner.parameter.grad
+        return grad is not None and (self.owner.reached or bool(grad.any()))
+
+    def _active(self, tensor: Tensor) -> Tensor:
+        """This weight's part of a tensor that is shaped like the parameter, (nnz,): a view where memory allows."""
+        if not self.owner._materialized:
+            block = tensor[slice(*self.rows)].reshape(-1)
+            return block if self.noted.is_dense else block[self.noted.indices.to(block.device)]
+        starts = self.owner.whole.starts
+        return tensor[int(starts[self.rows[0]]) : int(starts[self.rows[1]])]
+
+    def values(self) -> Tensor:
+        """Active values, (nnz,)."""
+        return self._active(self.owner.parameter.detach()).clone()
+
+    def set_values(self, values: Tensor) -> None:
+        """Replace the active values by `values` (nnz,)."""
+        if self.owner._materialized:
+            self._active(self.owner.parameter.detach()).copy_(values)
+            return
+        block = self.owner.parameter.detach()[slice(*self.rows)]
+        flat = block.reshape(-1).clone()
+        flat[self.noted.indices.to(flat.device)] = values.to(flat)
+        block.copy_(flat.view(block.shape))
+
+    def grads(self) -> Tensor:
+        """Gradients at the active entries, (nnz,)."""
+        return self._active(self.owner.gradient())
+
+    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The gradient at every position, in blocks of whole rows."""
+        low, high = self.rows
+        size = max(1, math.prod(self.shape[1:]))
+        step = max(1, _BLOCK // size)
+        for row in range(low, high, step):
+            yield (row - low) * size, self.owner.gradient_rows(row, min(high, row + step))
+
+    def rewire(self, topology: Topology) -> None:
+        """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
+        if topology == self.topology:
+            return
+        if not self.owner._materialized:
+            self.noted = topology
+            return
+        blocks = [topology if w is self else w.topology for w in self.owner.weights]
+        self.owner.rewire(Topology.stack(blocks))
+
+    def restore(self, topology: Topology) -> None:
+        """Take on a saved topology without touching values or optimizer state."""
+        if not self.owner._materialized:
+            self.noted = topology
+            return
+        blocks = [topology if w is self else w.topology for w in self.owner.weights]
+        whole = Topology.stack(blocks)
+        for module, name in self.owner._sparse():
+            module.rewire(name, whole)
+
+
+def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Holder]) -> None:
+    for module, _ in holders:
+        if not isinstance(module, SparseModule) and sparse_class(module) is None:
+            raise ValueError(
+                f"{name} belongs to a {type(module).__name__}, of which there is no sparse form: name it in skip=, or "
+                'use storage="masked" or storage="auto"'
+            )
+    if type(optimizer).__name__ in REFUSED:
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot step {name} compressed, since it is no element-wise optimizer: use "
+            'SGD, Adam or another element-wise one for it, or storage="masked"'
+        )
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    """Exchange memory, shape and everything else but the identity of two tensors."""
+    torch.utils.swap_tensors(one, other)  # type: ignore[no-untyped-call]
+
+
+def _gathered(dense: Tensor, topology: Topology, capacity: int) -> Tensor:
+    """The active entries of a dense tensor and zeros, (capacity,)."""
+    values = dense.new_zeros(capacity)
+    flat = dense.detach().reshape(-1)
+    values[: topology.nnz] = flat if topology.is_dense else flat[topology.indices.to(flat.device)]
+    return values
+
+
+def _largest(grad: Tensor) -> float:
+    return float(grad.abs().max()) if grad.numel() else 0.0
+
+
+def _ranks() -> int:
+    """Ranks over which gradients are averaged."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
