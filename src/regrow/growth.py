@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -52,8 +53,7 @@ def highest(field: Field) -> Growth:
     """
 
     def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
-        positions = torch.empty(0, dtype=torch.int64)
-        best = torch.empty(0)
+        pool = _Pool(count)
         for first, values in field(weight):
             score = values.abs() if values.dtype == torch.float64 else values.abs().float()
             if not selection.is_finite(score):
@@ -62,12 +62,8 @@ def highest(field: Field) -> Growth:
                     f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the "
                     "learning rate, or skip such steps with a gradient scaler"
                 )
-            score = _outside(score, first, taken)
-            at, found = _candidates(score, count, best)
-            positions = torch.cat([positions.to(at.device), at + first])
-            best = torch.cat([best.to(found), found])
-            chosen = selection.highest(best, min(count, best.numel()))
-            positions, best = positions[chosen], best[chosen]
+            pool.offer(first, _outside(score, first, taken))
+        positions = pool.best()
         if positions.numel() < count:
             raise ValueError(f"{weight.name}: cannot grow {count:,} entries, only {positions.numel():,} are free")
         return positions
@@ -75,15 +71,45 @@ def highest(field: Field) -> Growth:
     return grow
 
 
+class _Pool:
+    """A running selection of the `count` highest scores; equal scores go to the lower position."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.floor = -1.0
+        """What a score must exceed; all that were offered before and are no longer held are at most this."""
+        self.positions: list[Tensor] = []
+        self.scores: list[Tensor] = []
+
+    def offer(self, first: int, score: Tensor) -> None:
+        """Consider `score` (n,) of the positions from `first` on; blocks come in ascending order."""
+        at = (score > self.floor).nonzero().view(-1)
+        if at.numel() > self.count:
+            at = at[selection.highest(score[at], self.count)]
+        self.positions.append(at + first)
+        self.scores.append(score[at])
+        held = sum(s.numel() for s in self.scores)
+        # Selecting anew at every block would cost more than the blocks where these are small.
+        if held >= self.count * (1.5 if self.floor >= 0 else 1):
+            self._select()
+
+    def _select(self) -> None:
+        positions, scores = torch.cat(self.positions), torch.cat(self.scores)
+        if scores.numel() >= self.count:
+            chosen = selection.highest(scores, self.count)
+            positions, scores = positions[chosen], scores[chosen]
+            self.floor = float(scores.min()) if self.count else math.inf
+        self.positions, self.scores = [positions], [scores]
+
+    def best(self) -> Tensor:
+        """Positions of the highest scores, ascending, (count,) or fewer where fewer were offered."""
+        if not self.positions:
+            return torch.empty(0, dtype=torch.int64)
+        self._select()
+        return self.positions[0]
+
+
 def _outside(score: Tensor, first: int, taken: Topology) -> Tensor:
     """`score` with -1 at taken positions: below any absolute value."""
     score[(taken.between(first, first + score.numel()) - first).to(score.device)] = -1.0
     return score
-
-
-def _candidates(score: Tensor, count: int, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions and scores in this block that may belong among the `count` best, in ascending position."""
-    floor = best.min() if best.numel() == count and count else torch.zeros((), dtype=score.dtype)
-    at = selection.highest(score, min(count, score.numel()))
-    at = at[score[at] >= floor.to(score)]
-    return at, score[at]
