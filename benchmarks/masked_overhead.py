@@ -1,6 +1,6 @@
 """What masked storage costs over dense training: whole steps, interleaved in one process, ratios first.
 
-    python benchmarks/masked_overhead.py [--repeats 15] [--out benchmarks/results/masked_overhead.md]
+    python benchmarks/masked_overhead.py [--repeats 15] [--save] [--return-memory]
 
 Each row trains the same network twice, dense and sparse (RigL, density 0.1), one step of each in turn. The ratio is
 the median over the pairs of (masked step / dense step) in time; an update's cost is its whole step, forward and
@@ -9,14 +9,12 @@ backward included, over the median ordinary masked step beside it.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
+import click
+import timing
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +22,6 @@ from torch.optim import Optimizer
 
 import regrow
 from regrow import methods
-from regrow.app.machine import processor
 from regrow.app.models import build
 
 DENSITY = 0.1
@@ -70,18 +67,20 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 
 
-def step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> float:
-    """Seconds of one whole training step."""
-    began = time.perf_counter()
-    optimizer.zero_grad()
-    logits = model(x)
-    F.cross_entropy(logits.flatten(0, -2), y.flatten()).backward()
-    optimizer.step()
-    return time.perf_counter() - began
+def training(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> timing.Step:
+    """One whole training step."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = model(x)
+        F.cross_entropy(logits.flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+
+    return step
 
 
-def measure(case: Case, make: Callable[[nn.Module], Optimizer], repeats: int) -> tuple[float, float, float, float]:
-    """(masked / dense ordinary step, its spread, update step / ordinary step, dense milliseconds)."""
+def measure(case: Case, make: Callable[[nn.Module], Optimizer], repeats: int) -> list[str]:
+    """Masked / dense ordinary step, its quartile spread, update step / ordinary step, dense milliseconds."""
     _, _, network, x, y = case
     torch.manual_seed(0)
     dense = network()
@@ -89,51 +88,47 @@ def measure(case: Case, make: Callable[[nn.Module], Optimizer], repeats: int) ->
     first, second = make(dense), make(sparse)
     last = UPDATE_EVERY * (repeats + 2)
     sparsifier = regrow.sparsify(sparse, second, methods.rigl(DENSITY, until=last + 1, interval=UPDATE_EVERY))
-    ratios, updates, ordinary, plain = [], [], [], []
-    for _ in range(last):
-        due = sparsifier.due
-        seconds = step(dense, first, x, y)
-        masked = step(sparse, second, x, y)
-        if sparsifier.step <= UPDATE_EVERY:
-            continue
-        plain.append(seconds)
-        (updates if due else ordinary).append(masked)
-        if not due:
-            ratios.append(masked / seconds)
-    quartiles = statistics.quantiles(ratios, n=4)
-    usual = statistics.median(ordinary)
-    return (
-        statistics.median(ratios),
-        quartiles[2] - quartiles[0],
-        statistics.median(updates) / usual,
-        1e3 * statistics.median(plain),
-    )
+    train = training(sparse, second, x, y)
+    updates: list[bool] = []
+
+    def masked() -> None:
+        updates.append(sparsifier.due)
+        train()
+
+    steps = {"dense": training(dense, first, x, y), "masked": masked}
+    rounds = timing.interleave(steps, last, once=True)
+    warm = [index >= UPDATE_EVERY for index in range(last)]
+    ordinary = rounds.where([yes and not update for yes, update in zip(warm, updates, strict=True)])
+    updating = rounds.where([yes and update for yes, update in zip(warm, updates, strict=True)])
+    ratio = ordinary.ratio("masked", "dense")
+    update = statistics.median(updating.seconds["masked"]) / ordinary.time("masked").median
+    milliseconds = 1e3 * rounds.where(warm).time("dense").median
+    return [f"{ratio.median:.3f}", f"{ratio.upper - ratio.lower:.3f}", f"{update:.2f}", f"{milliseconds:.1f}"]
 
 
-def main() -> None:
-    """Measure every row and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="updates measured per row, with 5 ordinary steps each")
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
-    given = parser.parse_args()
-    lines = [
-        "| network | optimizer | masked / dense, ordinary step | quartile spread | update / ordinary step | dense ms |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+HEADS = [
+    "network",
+    "optimizer",
+    "masked / dense, ordinary step",
+    "quartile spread",
+    "update / ordinary step",
+    "dense ms",
+]
+
+
+@click.command(help=__doc__)
+@click.option("--repeats", default=15, show_default=True, help="Updates measured per row, with 5 ordinary steps each.")
+@timing.options
+def main(repeats: int, save: bool, keep_memory: bool) -> None:
+    """Measure, print and perhaps save."""
+    kept = keep_memory and timing.keep_memory()
+    lines = []
     for case in cases():
         for name, make in OPTIMIZERS.items():
-            ratio, spread, update, milliseconds = measure(case, make, given.repeats)
-            lines.append(f"| {case[0]} | {name} | {ratio:.3f} | {spread:.3f} | {update:.2f} | {milliseconds:.1f} |")
-            print(lines[-1], flush=True)
-    about = (
-        f"{datetime.date.today()}, {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"regrow {regrow.__version__}, density {DENSITY}, {given.repeats} updates and {5 * given.repeats} ordinary "
-        "steps per row.\n\n"
-    )
-    if given.out is not None:
-        given.out.write_text(
-            f"`python benchmarks/masked_overhead.py --repeats {given.repeats}`\n\n{about}" + "\n".join(lines) + "\n"
-        )
+            lines.append([case[0], name, *measure(case, make, repeats)])
+            click.echo(f"{case[0]}, {name}", err=True)
+    about = f"Density {DENSITY}, {repeats} updates and {5 * repeats} ordinary steps per row."
+    timing.report("masked_overhead", [about, timing.markdown(HEADS, lines)], save, kept)
 
 
 if __name__ == "__main__":

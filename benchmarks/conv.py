@@ -1,0 +1,118 @@
+"""A training step of 3 x 3 convolutions at the sizes of a ResNet on CIFAR: dense, peers, and this library.
+
+    python benchmarks/conv.py [--save] [--return-memory] [--stages 64x32,128x16,256x8,512x4] [--densities 0.1,0.05,0.02]
+
+64 images, as many channels out as in, stride and padding 1, forward and both backward products. Dense layers get and
+return the layout that their name says; all others NCHW. GFLOP/s count the products of active entries with the image,
+not with its padding. Candidates that compute something else than a float64 reference are reported instead of timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import click
+import timing
+import torch
+from timing import Candidate, Operation
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGES = 64
+WIDE = 32  # from this width on SparseProp's README has its kernels go along the width
+
+
+def dense(channels: int, density: float) -> nn.Module:
+    """What torch does: oneDNN, which converts contiguous tensors to layouts of its own and back."""
+    return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+
+def sparseprop(channels: int, width: int, density: float) -> nn.Module:
+    """SparseProp's layer, made from a sparse `nn.Conv2d` as its README does."""
+    from sparseprop.modules import SparseConv2d
+
+    layer = dense(channels, density)
+    weight = torch.zeros(layer.weight.numel())
+    active = torch.randperm(len(weight))[: round(density * len(weight))]
+    weight[active] = torch.randn(len(active)) / (9 * density * channels) ** 0.5
+    layer.weight.data = weight.view_as(layer.weight)
+    return SparseConv2d.from_dense(layer, vectorizing_over_on=width >= WIDE)
+
+
+def ours(channels: int, density: float) -> nn.Module:
+    """This library's layer."""
+    from regrow.nn import SparseConv2d
+
+    return SparseConv2d(channels, channels, 3, padding=1, bias=False, density=density)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """A tensor with its channels innermost."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def dense_candidates(channels: int) -> dict[str, Candidate]:
+    """Dense convolutions by layout and type."""
+    make = partial(dense, channels)
+    return {
+        "NCHW": Candidate(make),
+        "channels_last": Candidate(lambda density: make(density).to(memory_format=torch.channels_last), channels_last),
+        "oneDNN tensors": Candidate(make, torch.Tensor.to_mkldnn),
+        "bfloat16, NCHW": Candidate(lambda density: make(density).bfloat16(), torch.Tensor.bfloat16, 1e-2),
+        "bfloat16, channels_last": Candidate(
+            lambda density: make(density).to(torch.bfloat16, memory_format=torch.channels_last),
+            lambda tensor: channels_last(tensor).bfloat16(),
+            1e-2,
+        ),
+    }
+
+
+def sparse_candidates(channels: int, width: int) -> dict[str, Candidate]:
+    """Sparse convolutions."""
+    return {
+        "SparseProp": Candidate(partial(sparseprop, channels, width)),
+        "regrow": Candidate(partial(ours, channels)),
+    }
+
+
+REFERENCES = ["NCHW", "channels_last"]
+
+
+def unit_answers(channels: int, layer: Callable[[Tensor], Tensor]) -> Tensor:
+    """A dense weight from the outputs of images that are one at a single place of a single channel."""
+    images = torch.zeros(channels, channels, 5, 5)
+    images[range(channels), range(channels), 2, 2] = 1
+    return layer(images)[:, :, 1:4, 1:4].flip(2, 3).transpose(0, 1).contiguous()
+
+
+def stage(channels: int, width: int, shares: list[float], rounds: int) -> tuple[str, list[str]]:
+    """A table of one size, and a line about each candidate that cannot be timed."""
+    shape = (IMAGES, channels, width, width)
+    pair = torch.randn(shape), torch.randn(shape)
+    operation = Operation(partial(F.conv2d, padding=1), partial(unit_answers, channels))
+    first, then = dense_candidates(channels), sparse_candidates(channels, width)
+    layers, notes = timing.prepare(first, [1.0], operation, [pair])
+    sparse, wrong = timing.prepare(then, shares, operation, [pair])
+    flops = 6 * IMAGES * channels**2 * (3 * width - 2) ** 2
+    return timing.compare(first | then, layers | sparse, pair, REFERENCES, flops, rounds), notes + wrong
+
+
+@click.command(help=__doc__)
+@click.option("--stages", default="64x32,128x16,256x8,512x4", show_default=True, help="Channels x width and height.")
+@click.option("--densities", default="0.1,0.05,0.02", show_default=True, help="Shares of active entries.")
+@timing.ROUNDS
+@timing.options
+def main(stages: str, densities: str, rounds: int, save: bool, keep_memory: bool) -> None:
+    """Measure, print and perhaps save."""
+    kept = keep_memory and timing.keep_memory()
+    parts = []
+    for size in stages.split(","):
+        channels, width = map(int, size.split("x"))
+        table, notes = stage(channels, width, [float(share) for share in densities.split(",")], rounds)
+        parts += [f"{channels} channels, {width} x {width}, a training step:\n\n{table}", *notes]
+    timing.report("conv", parts, save, kept)
+
+
+if __name__ == "__main__":
+    main()
