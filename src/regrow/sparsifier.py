@@ -13,7 +13,7 @@ from regrow import registry
 from regrow.discovery import Excluded, Selector, find
 from regrow.gradients import Loss, mean_gradient
 from regrow.method import Method, Need
-from regrow.nn import Init
+from regrow.nn import Init, leave_fast_path
 from regrow.observers import mark_explored
 from regrow.optimizers import (
     StepArguments,
@@ -242,6 +242,7 @@ class Sparsifier:
             parameter.require_free()
         for parameter in self._parameters:
             parameter.materialize(self._room(parameter), self.seed)
+        leave_fast_path(self.model)
         leave_meta_device(self.model, self.seed)
         if init == "fan_in":
             scale_to_fan_in(self.weights)

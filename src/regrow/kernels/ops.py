@@ -85,11 +85,15 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry:
 
 
 def _cast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the type that autocast asks for; without it they must agree already."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return x, values, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != values.dtype or (bias is not None and bias.dtype != values.dtype):
+        also = "" if bias is None else f" and bias {bias.dtype}"
+        raise ValueError(f"the input is {x.dtype}, the sparse weight {values.dtype}{also}: convert them to one type")
+    return x, values, bias
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -185,14 +185,17 @@ class SparseModule(nn.Module):
     ) -> None:
         """Take on the saved topology of each weight before its values are read, whatever this module had."""
         for name, shape in self.shapes.items():
-            saved = [state_dict.get(f"{prefix}{name}_{field}") for field in PERSISTENT]
-            starts, columns = saved
-            if starts is None or columns is None:
+            starts, columns = (state_dict.get(f"{prefix}{name}_{field}") for field in PERSISTENT)
+            if starts is None and columns is None:
                 continue
             try:
+                if starts is None or columns is None:
+                    raise ValueError(f"{name}_starts and {name}_columns belong together, and only one of them is there")
                 self.rewire(name, Topology.from_rows(shape, starts, columns))
             except (ValueError, RuntimeError) as error:
                 errors.append(f"{prefix}{name}: {error}")
+                # One of the buffers may fit by itself: reading it would tear the index apart.
+                return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, strange, errors)
 
     def _draw(

@@ -56,7 +56,8 @@ class _SparseConv(SparseModule):
         self.kernel_size, self.stride, self.dilation = map(self._each, (kernel_size, stride, dilation))
         self.padding = padding if isinstance(padding, str) else self._each(padding)
         self.padding_mode = "zeros"
-        self.register_parameter("bias", None)
+        for name in ("weight", "bias"):
+            self.register_parameter(name, None)
         shapes = {"weight": (out_channels, in_channels // groups, *self.kernel_size)}
         self._draw(shapes, {"bias": out_channels} if bias else {}, density, seed, init, device, dtype)
 

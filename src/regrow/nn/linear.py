@@ -55,7 +55,8 @@ class SparseLinear(SparseModule):
         super().__init__()
         self._begin()
         self.in_features, self.out_features = in_features, out_features
-        self.register_parameter("bias", None)
+        for name in ("weight", "bias"):
+            self.register_parameter(name, None)
         shapes = {"weight": (out_features, in_features)}
         self._draw(shapes, {"bias": out_features} if bias else {}, density, seed, init, device, dtype)
 

@@ -1,0 +1,129 @@
+"""Sparse convolutions do what dense ones do with the same zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from regrow import kernels
+from regrow.nn import SparseConv1d, SparseConv2d, SparseModule
+from twins import assert_equal, sparsified
+
+OPTIONS: list[dict[str, Any]] = [
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "bias": False},
+    {"kernel_size": 4, "padding": "same"},
+    {"kernel_size": 3, "padding": "same", "dilation": 2, "padding_mode": "circular"},
+    {"kernel_size": 3, "padding": "valid", "groups": 2},
+    {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "groups": 2},
+    {"kernel_size": 2, "padding": 1, "padding_mode": "replicate", "stride": 3},
+]
+PLANE: list[dict[str, Any]] = [
+    {"kernel_size": (3, 1), "padding": (0, 2), "stride": (1, 2)},
+    {"kernel_size": (2, 3), "padding": "same", "dilation": (2, 1)},
+    {"kernel_size": (1, 4), "padding": (1, 0), "padding_mode": "circular"},
+]
+KINDS = [(cls, options) for cls in (nn.Conv1d, nn.Conv2d) for options in OPTIONS]
+KINDS += [(nn.Conv2d, options) for options in PLANE]
+
+
+def label(value: Any) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else repr(value)
+
+
+def image(cls: type[nn.Module], *batch: int) -> torch.Tensor:
+    return torch.randn(*batch, 4, *((9,) if cls is nn.Conv1d else (9, 7)), dtype=torch.float64)
+
+
+# Torch itself says so of an even kernel with "same" padding.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize(("cls", "options"), KINDS, ids=label)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_equals_the_dense_one(cls: type[nn.Module], options: dict[str, Any], density: float) -> None:
+    dense = cls(4, 6, **options).double()
+    for room in (0, 5):
+        sparse = sparsified(dense, density, room=room)
+        assert_equal(sparse, dense, image(cls, 3))
+        assert_equal(sparse, dense, image(cls))
+    got, expected = sparse(image(cls, 0)), dense(image(cls, 0))
+    assert got.shape == expected.shape
+
+
+def test_channels_last_input() -> None:
+    dense = nn.Conv2d(4, 6, 3).double()
+    x = image(nn.Conv2d, 2).to(memory_format=torch.channels_last)
+    assert_equal(sparsified(dense, 0.5), dense, x)
+
+
+def test_second_derivatives() -> None:
+    sparse = sparsified(nn.Conv2d(2, 2, 2, padding=1, groups=2).double(), 0.8)
+    x = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: sparse(x).sin(), (x, sparse.weight, sparse.bias))
+
+
+@pytest.mark.parametrize(("cls", "groups"), [(nn.Conv1d, 1), (nn.Conv2d, 2)], ids=label)
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_a_keeper_sees_the_gradient_at_every_position(cls: type[nn.Module], groups: int, density: float) -> None:
+    dense = cls(4, 6, 3, stride=2, padding=1, groups=groups).double()
+    sparse = sparsified(dense, density)
+    keeper = kernels.Keeper(lambda n: None)
+    sparse.keys["weight"] = keeper.key
+    assert_equal(sparse, dense, image(cls, 3))
+    expected = dense.weight.grad.view(6, -1)
+    torch.testing.assert_close(keeper.rows(0, 6, expected.shape[1]), expected)
+    torch.testing.assert_close(keeper.rows(2, 5, expected.shape[1]), expected[2:5])
+
+
+@pytest.mark.parametrize("cls", [SparseConv1d, SparseConv2d])
+def test_constructors_take_what_torch_takes(cls: type[SparseModule]) -> None:
+    sparse = cls(4, 6, 3, 2, 1, 1, 2, False, density=0.25, seed=0, dtype=torch.float64)
+    dense = cls.dense_type(4, 6, 3, 2, 1, 1, 2, False)
+    assert sparse.shapes["weight"] == dense.weight.shape
+    assert sparse.topology().nnz == dense.weight.numel() // 4
+    assert sparse.bias is None
+    x = image(cls.dense_type, 2)
+    torch.testing.assert_close(sparse(x), sparse.to_dense()(x))
+    again = cls(4, 6, 3, 2, 1, 1, 2, False, density=0.25, seed=0, dtype=torch.float64)
+    assert torch.equal(sparse(x), again(x))
+
+
+def test_values_are_drawn_as_torch_draws_them() -> None:
+    layer = SparseConv2d(50, 60, 3, groups=5, density=0.5, seed=0)
+    bound = 1 / 90**0.5
+    for parameter in layer.parameters():
+        assert 0.9 * bound < parameter.abs().max() <= bound
+
+
+@pytest.mark.parametrize("density", [0.4, 1.0])
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d], ids=label)
+def test_compiles_to_one_graph(cls: type[nn.Module], density: float) -> None:
+    dense = cls(4, 6, 3, padding="same").double()
+    sparse = sparsified(dense, density)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    x = image(cls, 2)
+    torch.testing.assert_close(compiled(x), dense(x))
+    compiled(x).square().sum().backward()
+    dense(x).square().sum().backward()
+    torch.testing.assert_close(sparse.weight.grad, dense.weight.grad.view(-1)[sparse.topology().indices])
+
+
+def test_errors_say_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="groups=3 must divide in_channels=4 and out_channels=6"):
+        SparseConv2d(4, 6, 3, groups=3, density=0.5)
+    with pytest.raises(ValueError, match=r"density must lie in \[0, 1\], got 1.5"):
+        SparseConv1d(4, 6, 3, density=1.5)
+    layer = SparseConv2d(4, 6, 3, density=0.5)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 9, 9\), the sparse convolution takes \(N, 4, H, W\)"):
+        layer(torch.zeros(2, 3, 9, 9))
+
+
+def test_it_says_what_it_is() -> None:
+    assert repr(SparseConv1d(4, 6, 3, density=0.5)) == (
+        "SparseConv1d(4, 6, kernel_size=(3,), stride=(1,), padding=(0,), groups=1, bias=True, 36 of 72 active)"
+    )
