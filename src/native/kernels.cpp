@@ -1,0 +1,108 @@
+// Compiled once per instruction set (REGROW_ISA names it and its namespace); everything it defines is in that namespace.
+#include "kernels.h"
+
+#include "conv.h"
+#include "linear.h"
+
+namespace regrow {
+namespace REGROW_ISA {
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <class F>
+void with_type(int dtype, F&& f) {
+    if (dtype == 0) {
+        f(float());
+    } else if (dtype == 1) {
+        f(double());
+    } else {
+        f(bfloat16());
+    }
+}
+template <class F>
+void with_types(int dtype, bool index64, F&& f) {
+    with_type(dtype, [&](auto t) { index64 ? f(t, std::int64_t()) : f(t, std::int32_t()); });
+}
+
+void run_spmm(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns, Address order,
+              Address values, Address x, Int x_batch, Int x_feature, Address bias, Address y, Int y_batch, Int y_feature) {
+    with_types(dtype, index64, [&](auto t, auto i) {
+        using T = decltype(t);
+        using I = decltype(i);
+        const Sparse<const T, I> w{rows, cols, at<const Int>(starts), at<const I>(columns), at<const I>(order), at<const T>(values)};
+        spmm(threads, w, batch, Activations<const T>{at<const T>(x), x_batch, x_feature}, at<const T>(bias),
+             Activations<T>{at<T>(y), y_batch, y_feature});
+    });
+}
+
+void run_sddmm(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns, Address x,
+               Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature, Address dvalues) {
+    with_types(dtype, index64, [&](auto t, auto i) {
+        using T = decltype(t);
+        using I = decltype(i);
+        const Sparse<T, I> w{rows, cols, at<const Int>(starts), at<const I>(columns), nullptr, at<T>(dvalues)};
+        sddmm(threads, w, batch, Activations<const T>{at<const T>(x), x_batch, x_feature},
+              Activations<const T>{at<const T>(dy), dy_batch, dy_feature});
+    });
+}
+
+void run_transpose(int dtype, int threads, Int rows, Int cols, Address source, Int source_ld, Address target, Int target_ld) {
+    with_type(dtype, [&](auto t) {
+        using T = decltype(t);
+        transpose(threads, rows, cols, at<const T>(source), source_ld, at<T>(target), target_ld);
+    });
+}
+
+void run_transpose_index(bool index64, Int rows, Int cols, Address starts, Address columns, Address t_starts, Address t_rows,
+                         Address order) {
+    if (index64) {
+        transpose_index(rows, cols, at<const Int>(starts), at<const std::int64_t>(columns), at<Int>(t_starts),
+                        at<std::int64_t>(t_rows), at<std::int64_t>(order));
+    } else {
+        transpose_index(rows, cols, at<const Int>(starts), at<const std::int32_t>(columns), at<Int>(t_starts),
+                        at<std::int32_t>(t_rows), at<std::int32_t>(order));
+    }
+}
+
+void run_conv_forward(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address values,
+                      Address x, Address bias, Address y) {
+    with_types(dtype, index64, [&](auto t, auto i) {
+        using T = decltype(t);
+        using I = decltype(i);
+        conv::forward(threads, geometry, at<const Int>(starts), at<const I>(columns), at<const T>(values), at<const T>(x),
+                      at<const T>(bias), at<T>(y));
+    });
+}
+
+void run_conv_input_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Address t_starts, Address t_rows,
+                             Address order, Address values, Address dy, Address dx) {
+    with_types(dtype, index64, [&](auto t, auto i) {
+        using T = decltype(t);
+        using I = decltype(i);
+        conv::input_gradient(threads, geometry, at<const Int>(t_starts), at<const I>(t_rows), at<const I>(order),
+                             at<const T>(values), at<const T>(dy), at<T>(dx));
+    });
+}
+
+void run_conv_value_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address x,
+                             Address dy, Address dvalues) {
+    with_types(dtype, index64, [&](auto t, auto i) {
+        using T = decltype(t);
+        using I = decltype(i);
+        conv::value_gradient(threads, geometry, at<const Int>(starts), at<const I>(columns), at<const T>(x), at<const T>(dy),
+                             at<T>(dvalues));
+    });
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {run_spmm, run_sddmm, run_transpose, run_transpose_index,
+                         run_conv_forward, run_conv_input_gradient, run_conv_value_gradient};
+
+}  // namespace REGROW_ISA
+}  // namespace regrow

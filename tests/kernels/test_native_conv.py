@@ -1,0 +1,237 @@
+"""The compiled sparse convolution against torch's in float64, for every geometry, type and instruction set."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+native: Any = pytest.importorskip("regrow.kernels._native", reason="built without the compiled kernels")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# What a float32 or float64 sum may lose, and the last rounding to bfloat16; relative to the sum of absolute values.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    images: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    kernel_height: int = 3
+    kernel_width: int = 3
+    stride_height: int = 1
+    stride_width: int = 1
+    padding_height: int = 1
+    padding_width: int = 1
+    dilation_height: int = 1
+    dilation_width: int = 1
+    groups: int = 1
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.filters, self.channels // self.groups, self.kernel_height, self.kernel_width
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return self.images, self.channels, self.height, self.width
+
+    @property
+    def windows(self) -> tuple[list[int], list[int], list[int]]:
+        return (
+            [self.stride_height, self.stride_width],
+            [self.padding_height, self.padding_width],
+            [self.dilation_height, self.dilation_width],
+        )
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        stride, padding, dilation = self.windows
+        return F.conv2d(x, weight, bias, stride, padding, dilation, self.groups)
+
+    def gradients(self, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        stride, padding, dilation = self.windows
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, [0, 0], self.groups, [True, True, False]
+        )
+        return dx, dweight
+
+
+GEOMETRIES = {
+    "residual": Geometry(64, 8, 8, 8, 16),
+    "strided": Geometry(33, 16, 17, 13, 12, stride_height=2, stride_width=2),
+    "shortcut": Geometry(17, 6, 8, 8, 4, 1, 1, 2, 2, 0, 0),
+    "pointwise": Geometry(20, 40, 5, 7, 33, 1, 1, padding_height=0, padding_width=0),
+    "stride 3 beyond the kernel": Geometry(16, 3, 14, 11, 5, 1, 2, 3, 3),
+    "dilated": Geometry(18, 7, 19, 16, 9, dilation_height=3, dilation_width=2, padding_height=3, padding_width=2),
+    "dilated and strided": Geometry(16, 5, 20, 21, 6, 3, 3, 2, 3, 2, 0, 3, 2),
+    "5x5": Geometry(16, 4, 9, 50, 6, 5, 5, padding_height=2, padding_width=2),
+    "1x3": Geometry(40, 9, 6, 33, 10, 1, 3, padding_height=0),
+    "one-dimensional": Geometry(19, 12, 1, 70, 8, 1, 5, padding_height=0, padding_width=4),
+    "grouped": Geometry(16, 12, 8, 8, 18, groups=3),
+    "depthwise": Geometry(21, 40, 6, 6, 80, groups=40),
+    "many channels": Geometry(3, 300, 4, 4, 70),
+    "many filters": Geometry(16, 3, 4, 4, 1100),
+    "wide": Geometry(16, 2, 3, 150, 3),
+    "one position": Geometry(100, 5, 1, 1, 7),
+    "one image": Geometry(1, 6, 32, 32, 5),
+    "three images": Geometry(3, 6, 10, 12, 5),
+    "one connection": Geometry(1, 1, 1, 1, 1, 1, 1, padding_height=0, padding_width=0),
+    "no image": Geometry(0, 4, 8, 8, 4),
+    "stem": Geometry(16, 3, 40, 36, 8, 7, 7, 2, 2, 3, 3),
+}
+
+
+class Weight:
+    """A random sparse weight, its transposed index and its dense form, in float64."""
+
+    def __init__(self, geometry: Geometry, density: float, dtype: torch.dtype, index: torch.dtype) -> None:
+        mask = torch.rand(geometry.weight_shape) < density
+        if geometry.filters > 2:
+            mask[1] = False  # a row without entries
+        flat = mask.flatten(1)
+        self.geometry, self.dtype, self.mask, self.index64 = geometry, dtype, mask, index == torch.int64
+        self.values = torch.randn(int(mask.sum())).to(dtype)
+        self.dense = torch.zeros(geometry.weight_shape, dtype=torch.float64)
+        self.dense[mask] = self.values.double()
+        rows, columns = flat.nonzero(as_tuple=True)
+        order = torch.argsort(columns * len(flat) + rows)
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), flat.sum(1).cumsum(0)])
+        self.t_starts = torch.cat([torch.zeros(1, dtype=torch.int64), flat.sum(0).cumsum(0)])
+        self.columns, self.t_rows, self.order = columns.to(index), rows[order].to(index), order.to(index)
+
+    def call(self, name: str, *tensors: Tensor | None, threads: int = 2) -> None:
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        getattr(native, name)(DTYPES.index(self.dtype), self.index64, threads, *astuple(self.geometry), *addresses)
+
+    def forward(self, x: Tensor, bias: Tensor | None, **options: int) -> Tensor:
+        shape = self.geometry.convolve(x[:1].float(), self.dense.float(), None).shape[1:]
+        y = surrounded(torch.Size([len(x), *shape]), self.dtype)
+        self.call("conv_forward", self.starts, self.columns, self.values, x, bias, y, **options)
+        return y
+
+    def input_gradient(self, dy: Tensor, **options: int) -> Tensor:
+        dx = surrounded(torch.Size(self.geometry.input_shape), self.dtype)
+        self.call("conv_input_gradient", self.t_starts, self.t_rows, self.order, self.values, dy, dx, **options)
+        return dx
+
+    def value_gradient(self, x: Tensor, dy: Tensor, **options: int) -> Tensor:
+        dvalues = surrounded(self.values.shape, self.dtype)
+        self.call("conv_value_gradient", self.starts, self.columns, x, dy, dvalues, **options)
+        return dvalues
+
+
+def surrounded(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of NaN between others of NaN, which a stray read would bring in and a stray write would change."""
+    margin = 64
+    around = torch.full((shape.numel() + 2 * margin,), torch.nan, dtype=dtype)
+    return around[margin : margin + shape.numel()].view(shape)
+
+
+def random_like(tensor: Tensor) -> Tensor:
+    return surrounded(tensor.shape, tensor.dtype).copy_(torch.randn(tensor.shape))
+
+
+def check(result: Tensor, expected: Tensor, scale: Tensor) -> None:
+    assert not result.isnan().any()
+    error = (result.double() - expected).abs()
+    assert bool((error <= TOLERANCES[result.dtype] * (scale + 1e-30)).all()), float((error / (scale + 1e-30)).max())
+    around = result._base
+    assert around is not None
+    assert int(around.isnan().sum()) == around.numel() - result.numel()
+
+
+def check_products(w: Weight, biased: bool, threads: int) -> None:
+    geometry = w.geometry
+    x = random_like(surrounded(torch.Size(geometry.input_shape), w.dtype))
+    bias = torch.randn(geometry.filters).to(w.dtype) if biased else None
+    wide = None if bias is None else bias.double()
+    x64, size = x.double(), w.dense.abs()
+
+    y = w.forward(x, bias, threads=threads)
+    expected = geometry.convolve(x64, w.dense, wide)
+    check(y, expected, geometry.convolve(x64.abs(), size, None if wide is None else wide.abs()))
+
+    dy = random_like(y)
+    dx, dweight = geometry.gradients(dy.double(), x64, w.dense)
+    dx_scale, dweight_scale = geometry.gradients(dy.double().abs(), x64.abs(), size)
+    check(w.input_gradient(dy, threads=threads), dx, dx_scale)
+    check(w.value_gradient(x, dy, threads=threads), dweight[w.mask], dweight_scale[w.mask])
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_products(name: str) -> None:
+    draw = random.Random(name)
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for density in (0.0, 0.05, draw.choice((0.3, 1.0))):
+            index = draw.choice((torch.int32, torch.int64))
+            w = Weight(GEOMETRIES[name], density, dtype, index)
+            check_products(w, biased=draw.random() < 0.5, threads=draw.choice((1, 2, 3)))
+
+
+def test_random_geometries() -> None:
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    tested = 0
+    while tested < 60:
+        groups = draw.choice((1, 1, 1, 2, 5))
+        geometry = Geometry(
+            draw.choice((1, 3, 16, 17, 20)), groups * draw.choice((1, 2, 7)),
+            draw.choice((1, 4, 5, 8, 13)), draw.choice((1, 4, 7, 8, 16, 19, 35)), groups * draw.choice((1, 2, 5)),
+            draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 3)), draw.choice((1, 2, 3)),
+            draw.choice((0, 1, 3)), draw.choice((0, 1, 2)), draw.choice((1, 2, 3)), draw.choice((1, 2)), groups,
+        )  # fmt: skip
+        reach = (
+            geometry.dilation_height * (geometry.kernel_height - 1) + 1,
+            geometry.dilation_width * (geometry.kernel_width - 1) + 1,
+        )
+        if (
+            geometry.height + 2 * geometry.padding_height < reach[0]
+            or geometry.width + 2 * geometry.padding_width < reach[1]
+        ):
+            continue
+        tested += 1
+        w = Weight(geometry, draw.choice((0.1, 0.4)), draw.choice(DTYPES), torch.int32)
+        check_products(w, biased=False, threads=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_does_not_depend_on_threads(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for geometry in (Geometry(70, 30, 8, 8, 20), Geometry(2, 8, 8, 8, 40), replace(GEOMETRIES["strided"], images=100)):
+        w = Weight(geometry, 0.2, dtype, torch.int32)
+        x = torch.randn(geometry.input_shape).to(dtype)
+        y = w.forward(x, None)
+        results = [
+            (w.forward(x, None, threads=n), w.input_gradient(y, threads=n), w.value_gradient(x, y, threads=n))
+            for n in (1, 2, 3, 7)
+        ]
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def test_instruction_set_is_the_one_named() -> None:
+    assert native.isa() == os.environ.get("REGROW_ISA", native.isa())
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """The same tests in a process that was told which instruction set to use."""
+    if "REGROW_ISA" in os.environ:
+        pytest.skip("this is that process")
+    if isa == native.isa():
+        return
+    command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
+    tested = subprocess.run(command, env={**os.environ, "REGROW_ISA": isa}, capture_output=True, text=True, check=False)
+    if "lacks REGROW_ISA" in tested.stdout or "names no instruction set" in tested.stdout:
+        pytest.skip(f"not on this processor: {isa}")
+    assert tested.returncode == 0, tested.stdout
