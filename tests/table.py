@@ -45,6 +45,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     ),
 }
 
+STORAGES = ("masked", "compressed")
+
 CONSERVING = [name for name in METHODS if name.partition("-")[0] in ("static", "set", "snfs", "rigl")]
 """Methods whose total number of active entries never changes."""
 

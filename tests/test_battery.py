@@ -1,11 +1,11 @@
-"""Every method with every optimizer: what must hold at each step, read from the tensors themselves."""
+"""Every method with every optimizer, in either storage: what must hold at each step, read from the tensors."""
 
 from __future__ import annotations
 
 import copy
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from typing import Any
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from regrow import Sparsifier, methods, sparsify
 from regrow.allocation import erk, globally, uniform
 from regrow.schedules import constant
-from table import CONSERVING, DENSITY, INTERVAL, METHODS, OPTIMIZERS, UNTIL
+from storage import pairs
+from table import CONSERVING, DENSITY, INTERVAL, METHODS, OPTIMIZERS, STORAGES, UNTIL
 
 STEPS = 30
 PAIRS = list(product(METHODS, OPTIMIZERS))
-CONV = list(product(METHODS, ["sgd", "adam-amsgrad", "adamw-fused"]))
+FEW = list(product(METHODS, ["sgd", "adam-amsgrad", "adamw-fused"]))
 
 
 def mlp() -> nn.Module:
@@ -56,11 +57,23 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, net: str, step: in
 class Run:
     """A model, its optimizer and its sparsifier, trained on batches that depend on the step alone."""
 
-    def __init__(self, net: str, method: str, optimizer: str = "sgd", seed: int = 0, dtype: torch.dtype | None = None):
-        self.net = net
+    def __init__(
+        self,
+        net: str,
+        method: str,
+        optimizer: str = "sgd",
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        storage: Any = "masked",
+    ):
+        self.net, self.storage = net, storage
         self.model = NETS[net][0]().to(dtype)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.sparsifier: Sparsifier = sparsify(self.model, self.optimizer, METHODS[method](), seed=seed)
+        self.weights = [(n, p) for n, p in self.model.named_parameters() if p.dim() > 1]
+        self.numel = sum(p.numel() for _, p in self.weights)
+        self.sparsifier: Sparsifier = sparsify(
+            self.model, self.optimizer, METHODS[method](), seed=seed, storage=storage, allow_dense=True
+        )
 
     def step(self, step: int) -> None:
         train(self.model, self.optimizer, self.net, step)
@@ -70,12 +83,11 @@ class Run:
             self.step(step)
         return self
 
-    @property
-    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((n, p) for n, p in self.model.named_parameters() if p.dim() > 1)
-
     def masks(self) -> dict[str, Tensor]:
-        return {name: t.mask for name, t in self.sparsifier.topologies.items()}
+        masks = {name: t.mask for name, t in self.sparsifier.topologies.items()}
+        for name, at in pairs.positions(self.model).items():
+            assert torch.equal(masks[name].view(-1).nonzero().view(-1), at)
+        return masks
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of model, optimizer and observers, by name."""
@@ -94,6 +106,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def require_zero_outside(run: Run) -> None:
     masks = run.masks()
+    if run.storage == "compressed":
+        pairs.require_inert_tails(run.model, run.optimizer)
+        return
     for name, parameter in run.weights:
         state = {k: s for k, s in run.optimizer.state.get(parameter, {}).items() if s.shape == parameter.shape}
         for kind, tensor in {"value": parameter.detach(), **state}.items():
@@ -108,13 +123,15 @@ def require_active_mostly_nonzero(run: Run) -> None:
     assert nonzero >= 0.4 * active
 
 
-@pytest.mark.parametrize(("method", "optimizer", "net"), [*((*p, "mlp") for p in PAIRS), *((*p, "conv") for p in CONV)])
-def test_counts_and_zeros_at_every_step(method: str, optimizer: str, net: str):
+CASES = [(*p, "mlp", "masked") for p in PAIRS] + [(*p, "conv", storage) for storage in STORAGES for p in FEW]
+
+
+@pytest.mark.parametrize(("method", "optimizer", "net", "storage"), CASES)
+def test_counts_and_zeros_at_every_step(method: str, optimizer: str, net: str, storage: str):
     """Properties 1, 9, 11 and 22: exact counts, and zero weights and state outside the topology, at every step."""
-    run = Run(net, method, optimizer)
-    numel = sum(p.numel() for _, p in run.weights)
-    target = math.floor(DENSITY * numel + 0.5)
-    before = numel
+    run = Run(net, method, optimizer, storage=storage)
+    target = math.floor(DENSITY * run.numel + 0.5)
+    before = run.numel
     for step in range(1, STEPS + 1):
         run.step(step)
         require_zero_outside(run)
@@ -144,18 +161,20 @@ def test_gmp_reaches_its_density_at_until_and_not_before(allocate: Any, timing: 
     assert counts == [144] * 6 + [ramp[0]] * 3 + [ramp[1]] * 3
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("method", [m for m in METHODS if m.startswith(("set", "rigl", "snfs-none"))])
-def test_each_weight_keeps_its_own_count(method: str):
+def test_each_weight_keeps_its_own_count(method: str, storage: str):
     """Property 1: without redistribution the conserved count is that of each weight."""
-    run = Run("conv", method)
+    run = Run("conv", method, storage=storage)
     before = {n: int(m.sum()) for n, m in run.masks().items()}
     assert {n: int(m.sum()) for n, m in run.go(1, STEPS).masks().items()} == before
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("method", [m for m in METHODS if m.startswith(("set", "rigl", "snfs"))])
-def test_updates_move_the_topology_at_the_right_steps_only(method: str):
+def test_updates_move_the_topology_at_the_right_steps_only(method: str, storage: str):
     """Property 21: never at step 0, every interval, not from `until` on."""
-    run = Run("mlp", method)
+    run = Run("mlp", method, storage=storage)
     moved = []
     for step in range(1, STEPS + 1):
         before = run.masks()
@@ -166,12 +185,13 @@ def test_updates_move_the_topology_at_the_right_steps_only(method: str):
     assert moved[0] == INTERVAL
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_run_another_seed_another_topology(method: str):
+def test_same_seed_same_run_another_seed_another_topology(method: str, storage: str):
     """Properties 18 and 45."""
-    first, again = Run("conv", method).go(1, 12), Run("conv", method).go(1, 12)
+    first, again = (Run("conv", method, storage=storage).go(1, 12) for _ in range(2))
     assert same(first.tensors(), again.tensors()) and same(first.masks(), again.masks())
-    other = Run("conv", method, seed=1).go(1, 12)
+    other = Run("conv", method, seed=1, storage=storage).go(1, 12)
     draws = method.startswith(("static", "set", "snfs", "rigl"))
     assert same(first.masks(), other.masks()) is not draws
 
@@ -184,37 +204,39 @@ def saved(run: Run) -> io.BytesIO:
     return file
 
 
-def resumed(file: io.BytesIO, net: str, method: str, optimizer: str) -> Run:
+def resumed(file: io.BytesIO, net: str, method: str, optimizer: str, storage: str = "masked") -> Run:
     model, state, sparse = torch.load(file, weights_only=True)
-    run = Run(net, method, optimizer, seed=7)
+    run = Run(net, method, optimizer, seed=7, storage=storage)
     run.model.load_state_dict(model)
     run.optimizer.load_state_dict(state)
     run.sparsifier.load_state_dict(sparse)
     return run
 
 
-@pytest.mark.parametrize(("method", "optimizer"), PAIRS)
-def test_resumed_run_equals_uninterrupted_to_the_bit(method: str, optimizer: str):
+@pytest.mark.parametrize(
+    ("method", "optimizer", "storage"), [*((*p, "masked") for p in PAIRS), *((*p, "compressed") for p in FEW)]
+)
+def test_resumed_run_equals_uninterrupted_to_the_bit(method: str, optimizer: str, storage: str):
     """Properties 14 and 21: at the start, right before and after updates, and between them."""
-    run, last = Run("mlp", method, optimizer), 2 * INTERVAL + 1
+    run, last = Run("mlp", method, optimizer, storage=storage), 2 * INTERVAL + 1
     files: dict[int, io.BytesIO] = {}
     for step in range(last):
         if step in (0, INTERVAL - 1, INTERVAL, 2 * INTERVAL - 1):
             files[step] = saved(run)
         run.step(step + 1)
     for step, file in files.items():
-        other = resumed(file, "mlp", method, optimizer).go(step + 1, last)
+        other = resumed(file, "mlp", method, optimizer, storage).go(step + 1, last)
         assert same(other.tensors(), run.tensors()), f"saved after step {step}"
         assert same(other.masks(), run.masks())
         assert (other.sparsifier.step, other.sparsifier.updates) == (run.sparsifier.step, run.sparsifier.updates)
 
 
+@pytest.mark.parametrize(("storage", "step"), [("masked", 1), ("masked", UNTIL - 1), ("compressed", UNTIL - 1)])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("step", [1, UNTIL - 1])
-def test_resumed_convolutional_run_ends_the_same(method: str, step: int):
+def test_resumed_convolutional_run_ends_the_same(method: str, storage: str, step: int):
     """Property 14, with batch norm, to the end of a run."""
-    run = Run("conv", method, "adam-amsgrad").go(1, step)
-    other = resumed(saved(run), "conv", method, "adam-amsgrad")
+    run = Run("conv", method, "adam-amsgrad", storage=storage).go(1, step)
+    other = resumed(saved(run), "conv", method, "adam-amsgrad", storage)
     assert same(run.go(step + 1, STEPS).tensors(), other.go(step + 1, STEPS).tensors())
     assert same(run.masks(), other.masks())
 
@@ -323,11 +345,13 @@ def test_lbfgs_keeps_its_history_when_nothing_is_dropped():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw-fused"])
+@pytest.mark.parametrize(
+    ("optimizer", "storage"), [*product(["sgd", "adamw-fused"], ["masked"]), ("adam", "compressed")]
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_other_dtypes(method: str, optimizer: str, dtype: torch.dtype):
+def test_other_dtypes(method: str, optimizer: str, storage: str, dtype: torch.dtype):
     """Properties 1 and 9 in double precision and in bfloat16."""
-    run = Run("mlp", method, optimizer, dtype=dtype)
+    run = Run("mlp", method, optimizer, dtype=dtype, storage=storage)
     for step in range(1, UNTIL + 1):
         run.step(step)
         require_zero_outside(run)

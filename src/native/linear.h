@@ -26,16 +26,16 @@ struct Activations {
     Int batch, feature;
 };
 
-constexpr Int l2_bytes = Int(1) << 19;     // what a kernel may count on of the second-level cache
-#include <cstdlib>
-inline Int tune(const char* n, Int d) { const char* v = getenv(n); return v ? atol(v) : d; }
-const Int PD = tune("PD", 2);
-constexpr Int group_bytes = Int(1) << 23;  // packed activations held at a time
+constexpr Int l2_bytes = Int(1) << 19;     // of the second-level cache, what a panel of packed activations may take
+constexpr Int group_bytes = Int(1) << 23;  // packed activations held at a time, at least one tile
+constexpr Int block_rows = 256;            // rows that walk the panels together: their sums stay in the second-level cache
+constexpr Int row_cost = 8;                // work of a row beside that of its entries, in entries
+constexpr Int inline_work = 10000;         // multiplications below which a second thread costs more than it brings
 
-// Sources of loads are copied feature by feature into rows of `width` sums; rows of batch elements are transposed on the way.
+// Features first..last of batch elements b0..b0 + count as rows of `width` sums, whatever the layout of x:
 // target[f - first][i] = x(b0 + i, f) for i < count, zero for count <= i < width.
-template <class T>
-void pack(Activations<const T> x, Int batch_size, Int b0, Int count, Int first, Int last, Sum<T>* target, Int width) {
+template <int width, class T>
+void pack(Activations<const T> x, Int batch_size, Int b0, Int count, Int first, Int last, Sum<T>* target) {
     using A = Sum<T>;
     constexpr int n = lanes<A>;
     if (x.batch == 1 || batch_size == 1) {
@@ -72,8 +72,8 @@ void pack(Activations<const T> x, Int batch_size, Int b0, Int count, Int first, 
 }
 
 // The reverse: y(b0 + i, f) = source[f - first][i] for i < count.
-template <class T>
-void unpack(const Sum<T>* source, Int width, Int first, Int last, Activations<T> y, Int batch_size, Int b0, Int count) {
+template <int width, class T>
+void unpack(const Sum<T>* source, Int first, Int last, Activations<T> y, Int batch_size, Int b0, Int count) {
     using A = Sum<T>;
     constexpr int n = lanes<A>;
     if (y.batch == 1 || batch_size == 1) {
@@ -107,14 +107,14 @@ void unpack(const Sum<T>* source, Int width, Int first, Int last, Activations<T>
     }
 }
 
-// Cuts rows 0..rows into `parts` ranges of about equal work, an entry costing 1 and a row `per_row`; returns where `part` starts.
-inline Int cut(const Int* starts, Int rows, int parts, int part, Int per_row) {
+// Where part `part` starts when rows 0..rows are cut into `parts` ranges of about equal work.
+inline Int cut(const Int* starts, Int rows, int parts, int part) {
     if (part >= parts) return rows;
-    const Int target = (starts[rows] + rows * per_row) / parts * part;
+    const Int target = (starts[rows] + rows * row_cost) / parts * part;
     Int low = 0, high = rows;
     while (low < high) {
         const Int middle = low + (high - low) / 2;
-        if (starts[middle] + middle * per_row < target) {
+        if (starts[middle] + middle * row_cost < target) {
             low = middle + 1;
         } else {
             high = middle;
@@ -133,34 +133,78 @@ inline Int advance(const I* columns, Int begin, Int end, Int limit) {
     return begin;
 }
 
-// sums[0:width] += sum over entries of value * x[column][0:width], held in NV vectors from the first entry to the last.
-template <class A, class I, int NV>
-void multiply_row(const I* columns, const A* values, Int count, const A* x, Int x_stride, A* sums) {
-    constexpr int n = lanes<A>;
-    Vector<A> acc[NV];
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) acc[v] = load<n>(sums + v * n);
-    for (Int j = 0; j < count; ++j) {
-        const A value = values[j];
-        const A* row = x + Int(columns[j]) * x_stride;
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) acc[v] += value * load<n>(row + v * n);
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) store<n>(sums + v * n, acc[v]);
+// Asks for the cache lines of elements begin..end.
+template <class E>
+inline void prefetch(const E* elements, Int begin, Int end) {
+    constexpr Int line = 64 / sizeof(E);
+    for (Int j = begin; j < end; j += line) __builtin_prefetch(elements + j);
 }
 
-// sums[j] = (first ? 0 : sums[j]) + the dot product of d and x[column of j][0:width], for G entries that share a reduction, and
+// Calls f(r, from, to) for the entries from..to of rows r0..r1 in one panel of columns after the other, so that the activations
+// of a panel stay in cache from row to row. That walk does not visit `columns` and `along` (an element per entry, counted from the
+// first of row r0) in the order of memory, so the entries of the row after next are asked for ahead.
+template <class I, class A, class F>
+void for_panels(const Int* starts, const I* columns, const A* along, Int r0, Int r1, Int cols, Int panel, F&& f) {
+    Int cursors[block_rows];
+    for (Int r = r0; r < r1; ++r) cursors[r - r0] = starts[r];
+    for (Int limit = panel; limit < cols + panel; limit += panel) {
+        for (Int r = r0; r < r1; ++r) {
+            const Int from = cursors[r - r0], to = advance(columns, from, starts[r + 1], limit);
+            cursors[r - r0] = to;
+            if (r + 2 < r1) {
+                const Int next = cursors[r + 2 - r0], end = std::min(next + to - from, starts[r + 3]);
+                prefetch(columns, next, end);
+                prefetch(along, next - starts[r0], end - starts[r0]);
+            }
+            f(r, from, to);
+        }
+    }
+}
+
+// sums[0:width] += sum over entries of value * x[column][0:width], with x in rows of width = NV vectors, held in registers. Where
+// the vectors are few, several entries are summed side by side, since each sum waits for the one before.
+template <int NV, class A, class I>
+void multiply_row(const I* columns, const A* values, Int count, const A* x, A* sums) {
+    constexpr int n = lanes<A>;
+    constexpr int chains = NV < 8 ? 8 / NV : 1;
+    Vector<A> acc[chains][NV] = {};
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) acc[0][v] = load<n>(sums + v * n);
+    Int j = 0;
+    for (; j + chains <= count; j += chains) {
+#pragma GCC unroll 8
+        for (int k = 0; k < chains; ++k) {
+            const A value = values[j + k];
+            const A* row = x + Int(columns[j + k]) * (NV * n);
+#pragma GCC unroll 16
+            for (int v = 0; v < NV; ++v) acc[k][v] += value * load<n>(row + v * n);
+        }
+    }
+    for (; j < count; ++j) {
+        const A value = values[j];
+        const A* row = x + Int(columns[j]) * (NV * n);
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) acc[0][v] += value * load<n>(row + v * n);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 8
+        for (int k = 1; k < chains; ++k) acc[0][v] += acc[k][v];
+        store<n>(sums + v * n, acc[0][v]);
+    }
+}
+
+// sums[j] = (first ? 0 : sums[j]) + the dot product of d and x[column of j], for G entries at a time that share a reduction, and
 // then for the rest by halves of G.
 template <int G, int NV, class A, class I>
-inline void dot_groups(const I* columns, Int count, const A* x, Int x_stride, const Vector<A>* d, A* sums, bool first) {
+inline void dot_groups(const I* columns, Int count, const A* x, const Vector<A>* d, A* sums, bool first) {
     constexpr int n = lanes<A>;
     Int j = 0;
     for (; j + G <= count; j += G) {
         Vector<A> dots[G];
 #pragma GCC unroll 16
         for (int k = 0; k < G; ++k) {
-            const A* row = x + Int(columns[j + k]) * x_stride;
+            const A* row = x + Int(columns[j + k]) * (NV * n);
             dots[k] = d[0] * load<n>(row);
 #pragma GCC unroll 16
             for (int v = 1; v < NV; ++v) dots[k] += d[v] * load<n>(row + v * n);
@@ -169,23 +213,16 @@ inline void dot_groups(const I* columns, Int count, const A* x, Int x_stride, co
         if (!first) result += load<G>(sums + j);
         store<G>(sums + j, result);
     }
-    if constexpr (G > 1) dot_groups<G / 2, NV>(columns + j, count - j, x, x_stride, d, sums + j, first);
+    if constexpr (G > 1) dot_groups<G / 2, NV>(columns + j, count - j, x, d, sums + j, first);
 }
 
-template <class A, class I, int NV>
-void dot_row(const I* columns, Int count, const A* x, Int x_stride, const A* dy, A* sums, bool first) {
+template <int NV, class A, class I>
+void dot_row(const I* columns, Int count, const A* x, const A* dy, A* sums, bool first) {
     constexpr int n = lanes<A>;
     Vector<A> d[NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) d[v] = load<n>(dy + v * n);
-    dot_groups<n, NV>(columns, count, x, x_stride, d, sums, first);
-}
-
-// Asks for the cache lines of elements begin..end, which the walk by panels does not visit in the order of memory.
-template <class E>
-inline void prefetch(const E* elements, Int begin, Int end) {
-    constexpr Int line = 64 / sizeof(E);
-    for (Int j = begin; j < end; j += line) __builtin_prefetch(elements + j);
+    dot_groups<n, NV>(columns, count, x, d, sums, first);
 }
 
 // Calls f with the number of vectors (1, 2, 4, ... up to `most`) that holds `batch` elements, or with `most`.
@@ -197,10 +234,60 @@ void with_width(Int batch, F&& f) {
     f(std::integral_constant<int, NV>());
 }
 
-// The activations that a kernel reads: where they lie if feature-major rows of full vectors are there already, else packed.
-template <class T>
-bool in_place(Activations<const T> x, Int batch, Int width) {
-    return std::is_same<T, Sum<T>>::value && x.batch == 1 && x.feature == width && batch == width;
+// The activations that a product reads, cut into tiles of `width` batch elements and packed, a group of tiles at a time. One tile
+// that lies in memory as packing would leave it is used where it is.
+template <class T, int width>
+class Tiles {
+public:
+    using A = Sum<T>;
+    const Int count, group;
+
+    Tiles(Activations<const T> x, Int features, Int batch)
+        : count((batch + width - 1) / width),
+          group(std::max<Int>(1, std::min<Int>(count, group_bytes / (features * width * Int(sizeof(A)) + 1)))), x(x),
+          features(features), batch(batch) {
+        if (std::is_same<T, A>::value && x.batch == 1 && x.feature == width && batch == width) {
+            packed = const_cast<A*>(reinterpret_cast<const A*>(x.data));
+            in_place = true;
+        } else {
+            packed = static_cast<A*>(scratch(SHARED, std::size_t(group * features * width) * sizeof(A)));
+        }
+    }
+    Int first(Int tile) const { return tile * width; }
+    Int size(Int tile) const { return std::min<Int>(width, batch - tile * width); }
+    // Valid for the tiles packed last.
+    const A* operator[](Int tile) const { return packed + tile % group * features * width; }
+    void pack_group(int threads, Int tile0, Int tile1) {
+        if (in_place) return;
+        parallel(threads, [&](int part) {
+            const Int begin = features * part / threads, end = features * (part + 1) / threads;
+            for (Int tile = tile0; tile < tile1; ++tile) {
+                pack<width>(x, batch, first(tile), size(tile), begin, end, packed + (tile % group * features + begin) * width);
+            }
+        });
+    }
+    static constexpr Int panel = l2_bytes / (width * Int(sizeof(A)));  // features
+
+private:
+    Activations<const T> x;
+    Int features, batch;
+    A* packed;
+    bool in_place = false;
+};
+
+// Calls f(r0, r1, tile0, tile1) for blocks of rows and groups of packed tiles, rows dealt out to threads.
+template <class T, int width, class F>
+void for_blocks(int threads, const Int* starts, Int rows, Tiles<T, width>& tiles, F&& f) {
+    for (Int tile0 = 0; tile0 < tiles.count; tile0 += tiles.group) {
+        const Int tile1 = std::min(tiles.count, tile0 + tiles.group);
+        tiles.pack_group(threads, tile0, tile1);
+        parallel(threads, [&](int part) {
+            const Int last = cut(starts, rows, threads, part + 1);
+            for (Int r0 = cut(starts, rows, threads, part); r0 < last; r0 += block_rows) {
+                f(r0, std::min(last, r0 + block_rows), tile0, tile1);
+            }
+        });
+    }
 }
 
 // A few activations only: memory for values and columns is the limit. N activations of a feature are side by side, and four
@@ -233,173 +320,91 @@ void multiply_few(const Sparse<const T, I>& w, Int first, Int last, Int batch, c
 template <int N, class T, class I>
 void spmm_few(int threads, const Sparse<const T, I>& w, Int batch, Activations<const T> x, const T* bias, Activations<T> y) {
     using A = Sum<T>;
-    const A* rows;
-    if (std::is_same<T, A>::value && batch == N && x.feature == N && (N == 1 || x.batch == 1)) {
-        rows = reinterpret_cast<const A*>(x.data);
-    } else {
-        A* packed = static_cast<A*>(scratch(SHARED, std::size_t(w.cols) * N * sizeof(A)));
-        for (Int c = 0; c < w.cols; ++c) {
-            for (Int b = 0; b < N; ++b) packed[c * N + b] = b < batch ? widen(x.data[b * x.batch + c * x.feature]) : A(0);
-        }
-        rows = packed;
+    A* packed = static_cast<A*>(scratch(SHARED, std::size_t(w.cols) * N * sizeof(A)));
+    for (Int c = 0; c < w.cols; ++c) {
+        for (Int b = 0; b < N; ++b) packed[c * N + b] = b < batch ? widen(x.data[b * x.batch + c * x.feature]) : A(0);
     }
     parallel(threads, [&](int part) {
-        multiply_few<N>(w, cut(w.starts, w.rows, threads, part, 8), cut(w.starts, w.rows, threads, part + 1, 8), batch, rows, bias, y);
+        multiply_few<N>(w, cut(w.starts, w.rows, threads, part), cut(w.starts, w.rows, threads, part + 1), batch, packed, bias, y);
     });
 }
 
+// y = x W^t + bias.
 template <class T, class I>
 void spmm(int threads, const Sparse<const T, I>& w, Int batch, Activations<const T> x, const T* bias, Activations<T> y) {
     using A = Sum<T>;
-    constexpr int n = lanes<A>;
     if (batch == 0 || w.rows == 0) return;
-    if (w.starts[w.rows] * batch < 10000) threads = 1;
+    if (w.starts[w.rows] * batch < inline_work) threads = 1;
     if (batch == 1) return spmm_few<1>(threads, w, batch, x, bias, y);
     if (batch <= 4) return spmm_few<4>(threads, w, batch, x, bias, y);
     if (batch <= 8) return spmm_few<8>(threads, w, batch, x, bias, y);
 
-    with_width<A, accumulators / 2>(std::min(batch, tune("WIDTH", 128)), [&](auto vectors) {
+    with_width<A, accumulators / 2>(batch, [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value;
-        constexpr Int width = NV * n;
-        const Int tiles = (batch + width - 1) / width;
-        const Int tile_size = w.cols * width;
-        const Int group = std::max<Int>(1, std::min<Int>(tiles, group_bytes / (tile_size * Int(sizeof(A)) + 1)));
-        const bool ready = in_place(x, batch, width);
-        A* packed = ready ? nullptr : static_cast<A*>(scratch(SHARED, std::size_t(group * tile_size) * sizeof(A)));
-        const Int panel = std::max<Int>(1, tune("PANEL", l2_bytes) / (width * Int(sizeof(A))));
-        const Int block_rows = tune("BLOCK", 256);
-
-        for (Int tile0 = 0; tile0 < tiles; tile0 += group) {
-            const Int tile1 = std::min(tiles, tile0 + group);
-            if (!ready) {
-                parallel(threads, [&](int part) {
-                    const Int first = w.cols * part / threads, last = w.cols * (part + 1) / threads;
-                    for (Int tile = tile0; tile < tile1; ++tile) {
-                        pack(x, batch, tile * width, std::min(width, batch - tile * width), first, last,
-                             packed + (tile - tile0) * tile_size + first * width, width);
-                    }
-                });
+        constexpr int width = NV * lanes<A>;
+        Tiles<T, width> tiles(x, w.cols, batch);
+        for_blocks(threads, w.starts, w.rows, tiles, [&](Int r0, Int r1, Int tile0, Int tile1) {
+            const Int begin = w.starts[r0], entries = w.starts[r1] - begin;
+            const A* values;
+            if (std::is_same<T, A>::value && !w.order) {
+                values = reinterpret_cast<const A*>(w.values) + begin;
+            } else {
+                A* gathered = static_cast<A*>(scratch(VALUES, std::size_t(entries) * sizeof(A)));
+                for (Int j = 0; j < entries; ++j) gathered[j] = widen(w.values[w.order ? Int(w.order[begin + j]) : begin + j]);
+                values = gathered;
             }
-            parallel(threads, [&](int part) {
-                const Int first = cut(w.starts, w.rows, threads, part, 8), last = cut(w.starts, w.rows, threads, part + 1, 8);
-                A* sums = static_cast<A*>(scratch(PRIVATE, block_rows * (width * sizeof(A) + sizeof(Int))));
-                Int* cursors = reinterpret_cast<Int*>(sums + block_rows * width);
-                for (Int r0 = first; r0 < last; r0 += block_rows) {
-                    const Int r1 = std::min(last, r0 + block_rows);
-                    const Int begin = w.starts[r0], end = w.starts[r1];
-                    const A* values;
-                    if (std::is_same<T, A>::value && !w.order) {
-                        values = reinterpret_cast<const A*>(w.values) + begin;
-                    } else {
-                        A* gathered = static_cast<A*>(scratch(VALUES, std::size_t(end - begin) * sizeof(A)));
-                        for (Int j = begin; j < end; ++j) gathered[j - begin] = widen(w.values[w.order ? w.order[j] : j]);
-                        values = gathered;
-                    }
-                    for (Int tile = tile0; tile < tile1; ++tile) {
-                        const A* source = ready ? reinterpret_cast<const A*>(x.data) : packed + (tile - tile0) * tile_size;
-                        for (Int r = r0; r < r1; ++r) {
-                            const A offset = bias ? widen(bias[r]) : A(0);
-                            for (Int i = 0; i < width; ++i) sums[(r - r0) * width + i] = offset;
-                            cursors[r - r0] = w.starts[r];
-                        }
-                        for (Int limit = panel; limit < w.cols + panel; limit += panel) {
-                            for (Int r = r0; r < r1; ++r) {
-                                const Int from = cursors[r - r0];
-                                const Int to = advance(w.columns, from, w.starts[r + 1], limit);
-                                cursors[r - r0] = to;
-                                if (r + PD < r1) {
-                                    const Int next = cursors[r + PD - r0], size = to - from;
-                                    prefetch(w.columns, next, next + size);
-                                    prefetch(values, next - begin, next - begin + size);
-                                }
-                                multiply_row<A, I, NV>(w.columns + from, values + (from - begin), to - from, source, width,
-                                                       sums + (r - r0) * width);
-                            }
-                        }
-                        unpack(sums, width, r0, r1, y, batch, tile * width, std::min(width, batch - tile * width));
-                    }
-                }
-            });
-        }
+            A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(block_rows * width) * sizeof(A)));
+            for (Int tile = tile0; tile < tile1; ++tile) {
+                for (Int r = r0; r < r1; ++r) std::fill_n(sums + (r - r0) * width, width, bias ? widen(bias[r]) : A(0));
+                for_panels(w.starts, w.columns, values, r0, r1, w.cols, tiles.panel, [&](Int r, Int from, Int to) {
+                    multiply_row<NV>(w.columns + from, values + (from - begin), to - from, tiles[tile], sums + (r - r0) * width);
+                });
+                unpack<width>(sums, r0, r1, y, batch, tiles.first(tile), tiles.size(tile));
+            }
+        });
     });
 }
 
+// values of w = the entries of dy^t x in w's topology.
 template <class T, class I>
 void sddmm(int threads, const Sparse<T, I>& w, Int batch, Activations<const T> x, Activations<const T> dy) {
     using A = Sum<T>;
-    constexpr int n = lanes<A>;
     const Int entries = w.starts[w.rows];
     if (entries == 0) return;
     if (batch == 0) {
         std::memset(w.values, 0, std::size_t(entries) * sizeof(T));
         return;
     }
-    if (entries * batch < 10000) threads = 1;
-    with_width<A, accumulators / 2>(std::min(batch, tune("WIDTH", 128)), [&](auto vectors) {
+    if (entries * batch < inline_work) threads = 1;
+    with_width<A, accumulators / 2>(batch, [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value;
-        constexpr Int width = NV * n;
-        const Int tiles = (batch + width - 1) / width;
-        const Int tile_size = w.cols * width;
-        const Int group = std::max<Int>(1, std::min<Int>(tiles, group_bytes / (tile_size * Int(sizeof(A)) + 1)));
-        const bool ready = in_place(x, batch, width);
-        A* packed = ready ? nullptr : static_cast<A*>(scratch(SHARED, std::size_t(group * tile_size) * sizeof(A)));
-        const Int panel = std::max<Int>(1, tune("PANEL", l2_bytes) / (width * Int(sizeof(A))));
-        const Int block_rows = tune("BLOCK", 256);
+        constexpr int width = NV * lanes<A>;
         constexpr bool exact = std::is_same<T, A>::value;
+        Tiles<T, width> tiles(x, w.cols, batch);
         A* sums = exact ? reinterpret_cast<A*>(w.values) : static_cast<A*>(scratch(VALUES, std::size_t(entries) * sizeof(A)));
-
-        for (Int tile0 = 0; tile0 < tiles; tile0 += group) {
-            const Int tile1 = std::min(tiles, tile0 + group);
-            if (!ready) {
-                parallel(threads, [&](int part) {
-                    const Int first = w.cols * part / threads, last = w.cols * (part + 1) / threads;
-                    for (Int tile = tile0; tile < tile1; ++tile) {
-                        pack(x, batch, tile * width, std::min(width, batch - tile * width), first, last,
-                             packed + (tile - tile0) * tile_size + first * width, width);
-                    }
+        for_blocks(threads, w.starts, w.rows, tiles, [&](Int r0, Int r1, Int tile0, Int tile1) {
+            A* gradients = static_cast<A*>(scratch(PRIVATE, std::size_t(block_rows * width) * sizeof(A)));
+            for (Int tile = tile0; tile < tile1; ++tile) {
+                pack<width>(dy, batch, tiles.first(tile), tiles.size(tile), r0, r1, gradients);
+                for_panels(w.starts, w.columns, sums + w.starts[r0], r0, r1, w.cols, tiles.panel, [&](Int r, Int from, Int to) {
+                    dot_row<NV>(w.columns + from, to - from, tiles[tile], gradients + (r - r0) * width, sums + from, tile == 0);
                 });
             }
-            parallel(threads, [&](int part) {
-                const Int first = cut(w.starts, w.rows, threads, part, 8), last = cut(w.starts, w.rows, threads, part + 1, 8);
-                A* gradients = static_cast<A*>(scratch(PRIVATE, block_rows * (width * sizeof(A) + sizeof(Int))));
-                Int* cursors = reinterpret_cast<Int*>(gradients + block_rows * width);
-                for (Int r0 = first; r0 < last; r0 += block_rows) {
-                    const Int r1 = std::min(last, r0 + block_rows);
-                    for (Int tile = tile0; tile < tile1; ++tile) {
-                        const A* source = ready ? reinterpret_cast<const A*>(x.data) : packed + (tile - tile0) * tile_size;
-                        pack(dy, batch, tile * width, std::min(width, batch - tile * width), r0, r1, gradients, width);
-                        for (Int r = r0; r < r1; ++r) cursors[r - r0] = w.starts[r];
-                        for (Int limit = panel; limit < w.cols + panel; limit += panel) {
-                            for (Int r = r0; r < r1; ++r) {
-                                const Int from = cursors[r - r0];
-                                const Int to = advance(w.columns, from, w.starts[r + 1], limit);
-                                cursors[r - r0] = to;
-                                if (r + PD < r1) {
-                                    const Int next = cursors[r + PD - r0], size = to - from;
-                                    prefetch(w.columns, next, next + size);
-                                    prefetch(sums, next, next + size);
-                                }
-                                dot_row<A, I, NV>(w.columns + from, to - from, source, width, gradients + (r - r0) * width,
-                                                  sums + from, tile == 0);
-                            }
-                        }
-                    }
-                    if (!exact && tile1 == tiles) {
-                        for (Int j = w.starts[r0]; j < w.starts[r1]; ++j) w.values[j] = narrow<T>(sums[j]);
-                    }
-                }
-            });
-        }
+            if (!exact && tile1 == tiles.count) {
+                for (Int j = w.starts[r0]; j < w.starts[r1]; ++j) w.values[j] = narrow<T>(sums[j]);
+            }
+        });
     });
 }
 
+// target[c, r] = source[r, c].
 template <class T>
 void transpose(int threads, Int rows, Int cols, const T* source, Int source_ld, T* target, Int target_ld) {
     constexpr int n = sizeof(T) == 2 ? std::min(16, vector_bytes / 2) : lanes<T>;
     using E = std::conditional_t<sizeof(T) == 2, std::uint16_t, T>;
     const E* from = reinterpret_cast<const E*>(source);
     E* to = reinterpret_cast<E*>(target);
-    if (rows * cols < 10000) threads = 1;
+    if (rows * cols < inline_work) threads = 1;
     parallel(threads, [&](int part) {
         const Int blocks = (cols + n - 1) / n;
         const Int first = blocks * part / threads * n, last = std::min(cols, blocks * (part + 1) / threads * n);

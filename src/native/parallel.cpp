@@ -34,6 +34,7 @@ struct Job {
 };
 
 constexpr std::size_t huge_page = std::size_t(1) << 21;
+constexpr std::size_t kept = std::size_t(1) << 26;  // a larger block goes back when half of it would do
 
 struct Block {
     void* memory = nullptr;
@@ -41,7 +42,7 @@ struct Block {
 
     ~Block() { std::free(memory); }
     void* at_least(std::size_t bytes) {
-        if (bytes > size) {
+        if (bytes > size || (size > kept && bytes < size / 2)) {
             std::free(memory);
             const std::size_t unit = bytes < huge_page ? 4096 : huge_page;
             size = (bytes + unit - 1) / unit * unit;

@@ -22,8 +22,9 @@ def mean_gradient(
     Afterwards all gradients, all buffers (running statistics of batch norm) and the random state are as before.
 
     Raises:
-        ValueError: when `batches` is empty.
+        ValueError: when `batches` is empty, or a part of the model has no values to take a gradient at.
     """
+    _require_values(model)
     buffers = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     grads = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in grads:
@@ -45,3 +46,14 @@ def mean_gradient(
             setattr(module, name, buffer.copy_(values))
         for parameter, grad in grads:
             parameter.grad = grad
+
+
+def _require_values(model: nn.Module) -> None:
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if on_meta:
+        raise ValueError(
+            f"batches= asks for a gradient, and {len(on_meta)} of the model's {len(tensors)} tensors lie on the meta "
+            f"device, where they have no values ({', '.join(on_meta[:3])}): build the model on a real device, or take "
+            "a method that starts without a gradient"
+        )

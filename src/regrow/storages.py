@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow.allocation import matches
 from regrow.discovery import Found
 from regrow.method import Method, Need
-from regrow.nn import SparseModule
-from regrow.storage.compressed import CompressedParameter
+from regrow.nn import SparseModule, SparseMultiheadAttention
+from regrow.storage.compressed import CompressedParameter, exchange
 from regrow.storage.masked import MaskedParameter
 from regrow.streams import Stream
+from regrow.validation import require_choice
 from regrow.weight import StoredParameter
 
 Storage = Literal["masked", "compressed"]
+"""How the values of a parameter are held."""
+
+Choice = Storage | Literal["auto"] | Mapping[str, Storage]
+"""What can be asked for: one storage for all, whichever is faster for each, or by name or glob, masked elsewhere."""
 
 _DENSE_NEEDS = {
     Need.DENSE_VALUES: "holds a value at every position during training",
@@ -28,13 +34,41 @@ _DENSE_NEEDS = {
 }
 
 
-def stored(found: Sequence[Found], owners: Sequence[Optimizer], storage: Storage, limit: int) -> list[StoredParameter]:
+def assign(storage: Storage | Mapping[str, Storage], found: Sequence[Found]) -> list[Storage]:
+    """The storage of each parameter found: of several globs that fit the first counts, without one it is masked.
+
+    Raises:
+        ValueError: for a storage that there is none of, or a glob that fits none of the parameters.
+    """
+    if not isinstance(storage, Mapping):
+        require_choice("sparsify", "storage", storage, (*get_args(Storage), "auto"))
+        return [storage] * len(found)
+    for pattern, held in storage.items():
+        require_choice("sparsify", f"storage of {pattern!r}", held, get_args(Storage))
+        if not any(_fits(pattern, f) for f in found):
+            names = ", ".join(f.name for f in found)
+            raise ValueError(f"sparsify: storage names {pattern!r}, which matches none of the weights: {names}")
+    return [next((held for pattern, held in storage.items() if _fits(pattern, f)), "masked") for f in found]
+
+
+def _fits(pattern: str, found: Found) -> bool:
+    return any(matches(pattern, name) for name in (found.name, *found.names))
+
+
+def storage_of(parameter: StoredParameter) -> Storage:
+    """How the values of a parameter are held."""
+    return "compressed" if isinstance(parameter, CompressedParameter) else "masked"
+
+
+def stored(
+    found: Sequence[Found], owners: Sequence[Optimizer], storages: Sequence[Storage], limit: int
+) -> list[StoredParameter]:
     """Each parameter found, in the storage asked for.
 
     Args:
         found: the parameters to sparsify.
         owners: the optimizer of each.
-        storage: how values are held.
+        storages: how the values of each are held.
         limit: bytes of inputs and output gradients that compressed storage may keep at an update.
 
     Raises:
@@ -43,7 +77,7 @@ def stored(found: Sequence[Found], owners: Sequence[Optimizer], storage: Storage
     parameters: list[StoredParameter] = []
     compressed: list[CompressedParameter] = []
     allow = _budget(compressed, limit)
-    for f, owner in zip(found, owners, strict=True):
+    for f, owner, storage in zip(found, owners, storages, strict=True):
         if storage == "masked":
             if f.parameter.is_meta:
                 raise ValueError(
@@ -61,6 +95,10 @@ def _budget(parameters: Sequence[CompressedParameter], limit: int) -> Callable[[
     def allow(more: int) -> None:
         kept = sum(p.kept_bytes for p in parameters)
         if kept + more > limit:
+            for parameter in parameters:
+                parameter.forget_unfinished()
+            kept = sum(p.kept_bytes for p in parameters)
+        if kept + more > limit:
             raise RuntimeError(
                 f"an update would keep at least {kept + more:,} bytes of inputs and output gradients, above the limit "
                 f"of {limit:,}: raise update_memory= in regrow.sparsify, or lower the batch size"
@@ -69,14 +107,20 @@ def _budget(parameters: Sequence[CompressedParameter], limit: int) -> Callable[[
     return allow
 
 
-def require_sparse(method: Method, found: Sequence[Found], has_batches: bool) -> None:
-    """Raise ValueError when compressed storage would be dense with `method`, naming layer and bytes."""
-    largest = max(found, key=lambda f: f.parameter.numel())
-    size = largest.parameter.numel() * largest.parameter.element_size()
+def dense_reasons(method: Method, has_batches: bool) -> list[str]:
+    """What makes compressed storage as large as dense with `method`, as ends of a sentence about it."""
     reasons = [reason for need, reason in _DENSE_NEEDS.items() if need in method.needs]
     if method.start.needs_gradient and not has_batches:
         reasons.append("starts from a dense model's gradient, unless batches= and loss= are given")
-    if reasons:
+    return reasons
+
+
+def require_sparse(method: Method, found: Sequence[Found], has_batches: bool) -> None:
+    """Raise ValueError when compressed storage would be dense with `method`, naming layer and bytes."""
+    reasons = dense_reasons(method, has_batches)
+    if reasons and found:
+        largest = max(found, key=lambda f: f.parameter.numel())
+        size = largest.parameter.numel() * largest.parameter.element_size()
         raise ValueError(
             f"{method.name} {' and '.join(reasons)}, which compressed storage exists to avoid: {largest.name} alone "
             f'takes {size:,} bytes dense; pass allow_dense=True to accept that, or use storage="masked"'
@@ -101,12 +145,13 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
     Raises:
         ValueError: for a module that does not say how it is initialized.
     """
-    for path, module in model.named_modules():
+    # Children first: what holds them may have the last word on them.
+    for path, module in reversed(list(model.named_modules())):
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         on_meta = {name: tensor for name, tensor in own.items() if tensor.is_meta}
         if not on_meta:
             continue
-        reset = getattr(module, "reset_parameters", None)
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
         if not isinstance(module, SparseModule) and reset is None:
             raise ValueError(
                 f"{path or type(module).__name__} has {', '.join(on_meta)} on the meta device and no reset_parameters "
@@ -115,12 +160,14 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
         for name, tensor in on_meta.items():
             real = torch.zeros_like(tensor, device="cpu")
             if isinstance(tensor, nn.Parameter):
-                torch.utils.swap_tensors(tensor, nn.Parameter(real, tensor.requires_grad))  # type: ignore[no-untyped-call]
+                exchange(tensor, nn.Parameter(real, tensor.requires_grad))
             else:
                 module.register_buffer(name, real, persistent=name not in module._non_persistent_buffers_set)
         if isinstance(module, SparseModule):
             for name in on_meta:
                 _draw(module, name, Stream(seed, f"{path}.{name}", -1))
+            if isinstance(module, SparseMultiheadAttention) and isinstance(module.out_proj.bias, Tensor):
+                nn.init.zeros_(module.out_proj.bias)
         else:
             assert reset is not None
             reset()

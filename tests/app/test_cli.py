@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import regrow
 from regrow.app import cli, compare, folder, loop, models
 from regrow.app.config import Config, resolved
 from regrow.app.vocabulary import RECIPES, make, options, paper, parse_allocation, summary
+from regrow.storages import Storage
 
 SHORT = ("--hidden", "32,16", "--threads", "1")
 
@@ -88,26 +90,84 @@ def test_reported_numbers_are_those_of_the_saved_model(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("stop", [14, 15, 16, 33])
-def test_an_interrupted_run_resumes_to_the_bit(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stop", "storage"), [(14, "masked"), (15, "compressed"), (16, "masked"), (33, "compressed")])
+def test_an_interrupted_run_resumes_to_the_bit(
+    stop: int, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
     monkeypatch.setattr(loop, "RECORDS", 15)
-    whole = folder.run(config(), tmp_path / "whole", lambda record: None)
+    whole = folder.run(config(storage=storage), tmp_path / "whole", lambda record: None)
 
     def interrupt(record: dict[str, float]) -> None:
         if record["step"] > stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        folder.run(config(), tmp_path / "parts", interrupt)
+        folder.run(config(storage=storage), tmp_path / "parts", interrupt)
     assert not (tmp_path / "parts" / "result.json").exists()
-    again = folder.run(config(), tmp_path / "parts", lambda record: None)
+    again = folder.run(config(storage=storage), tmp_path / "parts", lambda record: None)
     volatile = ("seconds", "peak_rss_bytes")
     assert {k: v for k, v in again.items() if k not in volatile} == {
         k: v for k, v in whole.items() if k not in volatile
     }
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_a_compressed_run_is_the_masked_one_in_another_form(tmp_path: Path) -> None:
+    made = {}
+    for storage in ("masked", "compressed"):
+        settings = config(storage=storage, method="static", options={"density": "0.2"})
+        made[storage] = folder.run(settings, tmp_path / storage, lambda record: None)
+    masked, compressed = made["masked"], made["compressed"]
+    assert (masked["storage"], compressed["storage"]) == ("masked", "compressed")
+    assert masked["explored"] is not None and compressed["explored"] is None
+    same = ("layers", "nnz", "density", "inference_flops_ratio", "training_flops_ratio")
+    assert [masked[key] for key in same] == [compressed[key] for key in same]
+    assert masked["accuracy"] == pytest.approx(compressed["accuracy"], abs=0.01)
+    found = []
+    for storage in made:
+        model = models.build("mlp", (1, 8, 8), 10, hidden=(32, 16))
+        found.append((regrow.load(tmp_path / storage / "model.safetensors", model), model.fc1.weight))
+    assert found[0][0] == found[1][0] and torch.allclose(found[0][1], found[1][1], atol=1e-4)
+    kinds = {storage: {p.name for p in (tmp_path / storage).iterdir()} for storage in made}
+    assert kinds["masked"] == kinds["compressed"] and "connections.png" in kinds["compressed"]
+    with (
+        np.load(tmp_path / "masked" / "connections.npz") as one,
+        np.load(tmp_path / "compressed/connections.npz") as two,
+    ):
+        assert np.array_equal(one["counts"], two["counts"]) and np.array_equal(one["steps"], two["steps"])
+    records = [json.loads(line) for line in (tmp_path / "compressed" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 60 and not any("explored" in record for record in records)
+
+
+def test_a_compressed_run_costs_what_a_masked_one_does(tmp_path: Path) -> None:
+    made = [folder.run(config(storage=s), tmp_path / s, lambda record: None) for s in ("masked", "compressed")]
+    assert made[0]["updates"] == made[1]["updates"] == 8
+    assert made[0]["training_flops_ratio"] == pytest.approx(made[1]["training_flops_ratio"])
+    model = models.build("mlp", (1, 8, 8), 10, hidden=(32, 16))
+    topologies = regrow.load(tmp_path / "compressed" / "model.safetensors", model)
+    assert {n: t.nnz for n, t in topologies.items()} == {n: w["nnz"] for n, w in made[1]["layers"].items()}
+
+
+@pytest.mark.parametrize("method", ["dense", "small_dense"])
+def test_a_dense_network_is_masked_whatever_is_asked(method: str, tmp_path: Path) -> None:
+    options = {"density": "0.2"} if method == "small_dense" else {}
+    made = [
+        folder.run(config(storage=s, method=method, options=options, steps=20), tmp_path / s, lambda record: None)
+        for s in ("masked", "compressed")
+    ]
+    assert made[0]["storage"] == made[1]["storage"] == "masked"
+    assert made[0]["accuracy"] == made[1]["accuracy"]
+    assert json.loads((tmp_path / "compressed" / "config.json").read_text())["storage"] == "compressed"
+
+
+def test_connections_are_counted_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = regrow.Topology((5, 9), torch.tensor([0, 3, 12, 20, 30, 39, 44]))
+    expected = [topology.mask.sum(0).tolist(), [5] * 9]
+    monkeypatch.setattr(regrow.Topology, "mask", None)
+    assert [loop.connections(t).tolist() for t in (topology, regrow.Topology((5, 9)))] == expected
+    assert int(loop.connections(regrow.Topology((10**5, 10**6), torch.tensor([7, 10**11 - 3]))).sum()) == 2
 
 
 def test_a_complete_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -119,6 +179,8 @@ def test_a_complete_run_is_not_trained_again(tmp_path: Path) -> None:
     assert folder.run(config(), tmp_path, fail) == json.loads(json.dumps(first))
     with pytest.raises(ValueError, match="holds a run with another seed"):
         folder.run(config(seed=1), tmp_path, fail)
+    with pytest.raises(ValueError, match=r"holds a run with another storage \('masked', now 'compressed'\)"):
+        folder.run(config(storage="compressed"), tmp_path, fail)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -168,6 +230,15 @@ BAD = [
     (["train", "--warmup", "10000"], "--warmup must lie between"),
     (["train", "--density", "1e-9"], "makes none of the 84,480 sparsified ones active"),
     (["train", "--allocate", "fc1=0.1,fc1=0.2"], "a glob is given twice"),
+    (["train", "--storage", "packed"], "'packed' is not one of 'masked', 'compressed'"),
+    *[
+        (
+            ["train", "--storage", "compressed", "--method", method, "--density", "0.1"],
+            "bytes dense; use --storage masked",
+        )
+        for method in ("gmp", "snfs", "snip")
+    ],
+    (["compare", "--storage", "compressed", "--methods", "static,gmp", "--interval", "9"], "use --storage masked"),
 ]
 
 
@@ -183,6 +254,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     status, _, error = command([*arguments, "--out", str(out)], capsys, monkeypatch)
     assert status == 2
     assert message in error and "Traceback" not in error and error.count("\n") == 1
+    assert "allow_dense" not in error
     assert not out.exists()
 
 
@@ -315,6 +387,33 @@ def test_train_and_compare_as_typed(
     assert len(runs) == 2 + 4 + 4
     assert {r["steps"] for r in runs} == {120}
     assert all(r["training_flops_ratio"] < 0.5 for r in runs if r["method"] != "dense")
+
+
+def test_the_storage_is_said_where_results_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ["--storage", "compressed", "--steps", "20", "--interval", "5", *SHORT]
+    status, said, _ = command(["train", *short], capsys, monkeypatch)
+    assert status == 0 and "compressed storage" in said and "R_s" not in said
+    status, said, _ = command(["train", "--method", "dense", *short[:4], *SHORT], capsys, monkeypatch)
+    assert status == 0 and "dense is dense throughout: it ran in masked storage" in said
+    arguments = ["compare", "--methods", "dense static rigl", "--densities", "0.2", "--out", "c", *short]
+    status, said, _ = command(arguments, capsys, monkeypatch)
+    assert status == 0 and "compressed storage (dense" in said
+    assert "compressed storage (dense masked)" in Path("c/table.md").read_text()
+    runs = json.loads(Path("c/results.json").read_text())["runs"]
+    assert {run["method"]: run["storage"] for run in runs} == {
+        "dense": "masked",
+        "static": "compressed",
+        "rigl": "compressed",
+    }
+
+
+def test_every_storage_is_on_the_command_line() -> None:
+    for shown in (cli.train, cli.compare):
+        option = next(parameter for parameter in shown.params if parameter.name == "storage")
+        assert tuple(option.type.choices) == get_args(Storage) and option.default == Config().storage == "masked"
 
 
 def test_compare_in_two_processes_gives_the_same(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # What a float32 or float64 sum may lose, and the last rounding to bfloat16.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 8e-3}
 BATCHES = (0, 1, 3, 8, 17, 64, 100, 128, 300, 512)
-SHAPES = ((1, 1), (5, 3), (33, 70), (130, 41), (3, 1300))
-DENSITIES = (0.0, 0.02, 0.3, 1.0)
+SHAPES = ((1, 1), (5, 3), (33, 70), (130, 41), (3, 500))
+DENSITIES = (0.02, 0.3, 1.0)
 
 
 class Weight:
@@ -104,7 +104,7 @@ def check_products(w: Weight, batch: int, x_major: bool, y_major: bool) -> None:
 def test_products(dtype: torch.dtype) -> None:
     layouts = itertools.cycle(itertools.product((False, True), repeat=2))
     indices = itertools.cycle((torch.int32, torch.int64, torch.int64, torch.int32, torch.int32))
-    for (rows, cols), density in itertools.product(SHAPES, DENSITIES):
+    for (rows, cols), density in [((33, 70), 0.0), *itertools.product(SHAPES, DENSITIES)]:
         w = Weight(rows, cols, density, dtype, next(indices))
         for batch in BATCHES:
             x_major, y_major = next(layouts)

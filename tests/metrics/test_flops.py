@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import regrow
 from networks import mobilenet_v1, resnet50
+from regrow import methods, metrics
 from regrow.metrics.flops import Flops, flops, pruning_training_flops, training_flops
+from regrow.nn import SparseConv2d, SparseLinear, SparseModule
+from regrow.storages import Storage
+from twins import sparsified
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -282,8 +287,9 @@ def odd_tokens() -> Tensor:
 
 def test_weights_that_are_not_called_or_not_counted_have_rows_of_zeros() -> None:
     rows = {r.name: r for r in flops(Odd(), odd_tokens(), {"unused.weight": 0.5, "own": 0.25}).layers}
-    assert rows["unused.weight"][4:] == (0.5, 0.0, 0.0)
-    assert rows["own"][1:] == ("Odd", (4, 4), 0.0, 0.25, 0.0, 0.0)
+    assert [rows["unused.weight"].density, rows["own"].density] == [0.5, 0.25]
+    assert [c for name in ("unused.weight", "own") for c in (rows[name].dense, rows[name].sparse)] == [0.0] * 4
+    assert rows["own"][1:4] == ("Odd", (4, 4), 0.0)
     assert list(rows) == ["used.weight", "unused.weight", "head.weight", "own"]
 
 
@@ -400,3 +406,119 @@ def test_training_cost_refuses_what_makes_no_sense() -> None:
         training_flops(1, 1, timing="before")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="empty"):
         pruning_training_flops([])
+
+
+def dense_densities(sparse: SparseModule) -> dict[str, float]:
+    """Densities as counted from the dense weights with their zeros, block by block where there are blocks."""
+    found = {}
+    for name, shape in sparse.shapes.items():
+        gates = shape[0] // sparse.hidden_size if hasattr(sparse, "hidden_size") and "_hr" not in name else 1
+        count = 3 if name == "in_proj_weight" else gates
+        for i, block in enumerate(sparse.topology(name).mask.double().chunk(count)):
+            found[f"{name}[{i}]" if count > 1 else name] = float(block.sum()) / block.numel()
+    return found
+
+
+IMAGE = torch.zeros(2, 4, 7, 8)
+LAYERS: list[tuple[nn.Module, object]] = [
+    (nn.Linear(6, 5), torch.zeros(2, 3, 6)),
+    (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), IMAGE),
+    (nn.Conv1d(4, 6, 3, padding="same"), IMAGE[:, :, 0]),
+    (nn.GRU(5, 6, num_layers=2, bidirectional=True, batch_first=True), torch.zeros(3, 11, 5)),
+    (nn.LSTM(5, 6, proj_size=2, batch_first=True), torch.zeros(3, 11, 5)),
+    (nn.LSTMCell(5, 6), torch.zeros(3, 5)),
+    (nn.MultiheadAttention(8, 2, batch_first=True), (torch.zeros(2, 3, 8), torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))),
+    (
+        nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True),
+        (torch.zeros(2, 3, 8), torch.zeros(2, 5, 4), torch.zeros(2, 5, 6)),
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(("dense", "x"), LAYERS, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "")
+def test_a_sparse_module_counts_as_the_dense_one_at_its_densities(dense: nn.Module, x: object) -> None:
+    sparse = sparsified(dense, 0.4, room=3)
+    expected = flops(dense, x, dense_densities(sparse))
+    count = flops(sparse, x)
+    assert count == expected
+    assert count.sparse < count.dense == flops(dense, x).dense
+    assert not any(layer.density == 1.0 for layer in count.layers if not layer.name.startswith("out_proj"))
+    given = {name: 0.5 for name in sparse.shapes}
+    assert flops(sparse, x, given) == flops(dense, x, given) == count.at(given)
+    assert flops(sparse, x, paper_quirks=True) == flops(dense, x, dense_densities(sparse), paper_quirks=True)
+
+
+def test_the_sparse_conv1d_of_transformers_counts_as_linear() -> None:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    dense = pytorch_utils.Conv1D(7, 4)
+    sparse = sparsified(dense, 0.5)
+    x = torch.zeros(2, 3, 4)
+    assert flops(sparse, x) == flops(dense, x, dense_densities(sparse))
+    assert flops(sparse, x).layers[0].kind == "Conv1D"
+
+
+class Small(nn.Module):
+    """Attention, a convolution, tied weights, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.norm = nn.BatchNorm1d(8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 4, steps) to (batch, steps, 8)."""
+        return torch.as_tensor(self.b(self.a(self.encoder(self.norm(self.conv(x)).transpose(1, 2)))))
+
+
+def small(storage: Storage) -> tuple[Small, regrow.Sparsifier]:
+    torch.manual_seed(0)
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, regrow.sparsify(model, optimizer, methods.static(0.3), storage=storage)
+
+
+def test_a_compressed_model_counts_as_the_masked_one() -> None:
+    x = torch.zeros(2, 4, 9)
+    (masked, one), (compressed, other) = small("masked"), small("compressed")
+    density = metrics.densities(one)
+    assert {"encoder.self_attn.in_proj_weight[1]", "a.weight"} <= set(density)
+    assert density == metrics.densities(other)
+    count = flops(masked, x, density)
+    assert count == flops(Small(), x).at(density)
+    assert count == flops(compressed, x) == flops(compressed, x, density)
+    rows = {row.name: row for row in count.layers}
+    # A tied weight is as sparse under its second name as under its first.
+    assert rows["b.weight"].density == rows["a.weight"].density == density["a.weight"] < 1
+    assert metrics.distance(one.topologies, other.topologies) == 0
+    bits = [metrics.model_bits([(w.shape, w.topology.nnz) for w in s.weights]) for s in (one, other)]
+    assert bits[0] == bits[1] < metrics.model_bits([(w.shape, w.topology.numel) for w in one.weights])
+
+
+def test_the_same_pass_at_other_densities() -> None:
+    model, keys = nn.MultiheadAttention(8, 2, batch_first=True), torch.zeros(2, 5, 8)
+    x = (torch.zeros(2, 3, 8), keys, keys)
+    count = flops(model, x)
+    once = count.at({"in_proj_weight[0]": 0.5})
+    assert once == flops(model, x, {"in_proj_weight[0]": 0.5})
+    assert once.at({"in_proj_weight[1]": 0.25}).layers[0].densities == (0.5, 0.25, 1.0)
+    assert once.at({}) == once and once.dense == count.dense == count.sparse
+    with pytest.raises(ValueError, match="names no weight"):
+        count.at({"in_proj": 0.5})
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        count.at({"in_proj_weight": 1.5})
+
+
+def test_counts_are_values() -> None:
+    assert len({flops(nn.Linear(2, 2), torch.zeros(n, 2)) for n in (1, 3)}) == 1
+
+
+def test_a_standalone_sparse_module_needs_no_densities() -> None:
+    model = nn.Sequential(SparseConv2d(3, 8, 3, density=0.25, seed=0), nn.Flatten(), SparseLinear(72, 2, density=0.5))
+    count = flops(model, torch.zeros(2, 3, 5, 5))
+    assert count.sparse == 2 * 9 * 54 + 72 + 2 * 72 + 2
+    assert [row.kind for row in count.layers] == ["Conv2d", "Linear"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -23,6 +24,7 @@ from regrow.app import folder
 from regrow.app.config import Config
 from regrow.app.models import MODELS
 from regrow.app.vocabulary import RECIPES, known_options, options, paper, summary
+from regrow.storages import Storage
 
 DENSITY = "0.1"
 """Where neither a density nor an explicit allocation is given."""
@@ -39,12 +41,18 @@ def main() -> None:
     except click.Abort:
         _fail("interrupted: the same command goes on where it stopped", 130)
     except (ValueError, OSError) as error:
-        _fail(str(error), 2)
+        _fail(_as_typed(str(error)), 2)
 
 
 def _fail(message: str, status: int) -> None:
     Console(stderr=True).print(f"regrow: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(status)
+
+
+def _as_typed(message: str) -> str:
+    """A message of the library, in the words of the command line: it offers no `allow_dense`."""
+    message = message.replace("pass allow_dense=True to accept that, or use", "use")
+    return re.sub(r'\b(storage|budget)="(\w+)"', r"--\1 \2", message)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -72,6 +80,13 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default="sparsified",
             show_default=True,
             help="What the density counts: sparsified weights, or all weights of the model.",
+        ),
+        click.option(
+            "--storage",
+            type=click.Choice(get_args(Storage)),
+            default="masked",
+            show_default=True,
+            help="How weights are held: masked as dense tensors with zeros, compressed as active values only.",
         ),
         click.option("--epochs", type=float, help="Length of training; the default depends on the model."),
         click.option("--steps", type=int, help="Length of training in optimizer steps."),
@@ -179,6 +194,10 @@ def train(method: str, out: Path | None, **given: Any) -> None:
         result = folder.run(config, out, report)
     if again:
         _console.print(f"{out} holds this run already: nothing was trained", highlight=False, soft_wrap=True)
+    if result["storage"] != config.storage:
+        _console.print(
+            f"{method} is dense throughout: it ran in {result['storage']} storage", highlight=False, soft_wrap=True
+        )
     _show_result(result)
     _console.print(f"everything of this run is in {out}", highlight=False, soft_wrap=True)
 
@@ -233,7 +252,7 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
             results.append((job, result))
             bar.update(task, advance=1, description=job.folder.name)
     table = comparison.write(out, todo, results, _command())
-    title = f"{results[0][1]['data']}: {results[0][1]['steps']:,} steps each"
+    title = f"{results[0][1]['data']}: {results[0][1]['steps']:,} steps each, {comparison.storages(results)}"
     shown = Table(*comparison.HEAD, title=title, caption=comparison.MEANING, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown.columns:
         column.no_wrap, column.justify = True, "left" if column.header == "method" else "right"
@@ -312,7 +331,7 @@ def _live(record: dict[str, float]) -> dict[str, Any]:
         "loss": f"loss {record['loss']:.4f}",
         "accuracy": f"train {100 * record['accuracy']:.1f} %",
         "density": f"density {record['density']:.4g}",
-        "explored": f"R_s {record['explored']:.3f}" if record["explored"] == record["explored"] else "",
+        "explored": f"R_s {record['explored']:.3f}" if "explored" in record else "",
     }
 
 
@@ -322,7 +341,7 @@ def _show_result(result: dict[str, Any]) -> None:
         "shape",
         "density",
         "active",
-        title=f"{result['method']}, seed {result['seed']}, {result['steps']:,} steps",
+        title=f"{result['method']}, seed {result['seed']}, {result['steps']:,} steps, {result['storage']} storage",
     )
     for column in table.columns[1:]:
         column.justify = "right"

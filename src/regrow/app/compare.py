@@ -201,6 +201,14 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def storages(results: Sequence[tuple[Job, Mapping[str, Any]]]) -> str:
+    """Which storage the runs were in, and which methods were in another than what was asked for."""
+    asked = results[0][0].config.storage
+    others = {job.label: str(result["storage"]) for job, result in results if result["storage"] != asked}
+    apart = ", ".join(f"{label} {storage}" for label, storage in others.items())
+    return f"{asked} storage" + (f" ({apart})" if apart else "")
+
+
 def write(out: Path, jobs: Sequence[Job], results: Sequence[tuple[Job, Mapping[str, Any]]], command: str) -> list[Row]:
     """Write `table.md`, `results.json` and `comparison.png` into `out`, in the order of the plan."""
     found = {id(job): result for job, result in results}
@@ -211,7 +219,8 @@ def write(out: Path, jobs: Sequence[Job], results: Sequence[tuple[Job, Mapping[s
     about = ordered[0][1]["versions"]
     setting = f"regrow {about['regrow']}, torch {about['torch']}, {about['processor']}"
     runs = f"{ordered[0][1]['steps']:,} steps each, {max(len(row.accuracy) for row in table)} seeds"
-    note = f"`{command}`\n\n{runs}; {setting}.\n\n{MEANING}.\n\n"
+    held = storages(ordered)
+    note = f"`{command}`\n\n{runs}; {held}; {setting}.\n\n{MEANING}.\n\n"
     write_text(out / "table.md", note + "\n".join(lines) + "\n")
     kept = [
         {"run": job.folder.name, **{k: v for k, v in result.items() if k not in ("layers", "peak_rss_bytes")}}

@@ -25,6 +25,7 @@ class Config:
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     budget: str = "sparsified"
+    storage: str = "masked"
     epochs: float | None = None
     steps: int | None = None
     batch: int | None = None

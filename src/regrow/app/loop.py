@@ -35,7 +35,9 @@ from regrow.atomic import replacing
 from regrow.method import Method, Need
 from regrow.metrics.flops import Flops
 from regrow.sparsifier import Sparsifier
+from regrow.storages import Storage
 from regrow.streams import Stream
+from regrow.topology import Topology
 
 CHECKPOINT_SECONDS = 30.0
 RECORDS = 200
@@ -77,6 +79,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     sparsifier: Sparsifier
     forward: Flops
+    """Of one sample, with every weight dense."""
     baseline: float
     """Forward FLOPs per sample of the dense model at full width."""
     spent: float = 0.0
@@ -123,19 +126,32 @@ def build(config: Config, data: datasets.Data) -> Run:
     model = network(width)
     optimizer = _optimizer(config, model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config))
-    method = method._replace(needs=method.needs | Need.EXPLORED)
+    storage = storage_of(config, method)
+    if storage == "masked":
+        # A record of every position, which the other storages exist to avoid.
+        method = method._replace(needs=method.needs | Need.EXPLORED)
+    example = torch.zeros(1, *shape)
+    forward, baseline = metrics.flops(model, example), metrics.flops(network(1.0), example).dense
     sparsifier = regrow.sparsify(
         model,
         optimizer,
         method,
+        storage=storage,
         skip=config.skip,
         only=config.only or None,
         budget=_budget(config),
         seed=config.seed,
     )
-    example = torch.zeros(1, *shape)
-    baseline = metrics.flops(network(1.0), example).dense
-    return Run(config, config.steps, model, optimizer, scheduler, sparsifier, metrics.flops(model, example), baseline)
+    return Run(config, config.steps, model, optimizer, scheduler, sparsifier, forward, baseline)
+
+
+def storage_of(config: Config, method: Method) -> Storage:
+    """The storage of a run: what was asked for, but masked for a network that is dense from the first step to the last.
+
+    Such a baseline is measured as its users have it, on torch's own kernels.
+    """
+    always_dense = Need.DENSE_VALUES in method.needs and not method.update
+    return "masked" if always_dense else cast(Storage, config.storage)
 
 
 def _budget(config: Config) -> Literal["sparsified", "model"]:
@@ -195,8 +211,7 @@ def step_flops(run: Run) -> float:
 
 def forward_flops(run: Run) -> float:
     """Forward FLOPs per sample at the present topology."""
-    density = metrics.densities(run.sparsifier)
-    return sum(row.outputs + density.get(row.name, 1.0) * (row.dense - row.outputs) for row in run.forward.layers)
+    return run.forward.at(metrics.densities(run.sparsifier)).sparse
 
 
 def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterator[None]:
@@ -279,14 +294,22 @@ def _record(run: Run, meter: Meter) -> dict[str, float]:
         raise ValueError(
             f"training diverged: the loss is {loss} at step {run.done:,}; lower --lr (now {run.config.lr})"
         )
+    explored = run.sparsifier.explored
     return {
         "step": run.done,
         "loss": loss,
         "accuracy": accuracy,
         "density": run.sparsifier.density,
-        "explored": run.sparsifier.explored if run.sparsifier.explored is not None else math.nan,
+        **({} if explored is None else {"explored": explored}),
         "lr": float(run.scheduler.get_last_lr()[0]),
     }
+
+
+def connections(topology: Topology) -> Tensor:
+    """How many entries are active in each column of a matrix, (columns,) int64, without forming its mask."""
+    if topology.is_dense:
+        return torch.full((topology.row_size,), topology.rows)
+    return torch.bincount(topology.columns, minlength=topology.row_size)
 
 
 class Maps:
@@ -313,9 +336,9 @@ class Maps:
         """Count connections if a map is wanted at this step."""
         if self.name is None or (run.done % self.every and run.done != run.steps):
             return
-        mask = run.sparsifier.topologies[self.name].mask
+        counts = connections(run.sparsifier.topologies[self.name])
         self.steps.append(run.done)
-        self.counts.append(mask.sum(0).view(self.shape).sum(0).cpu().numpy())
+        self.counts.append(counts.view(self.shape).sum(0).cpu().numpy())
 
     def write(self, folder: Path) -> None:
         """Write `connections.npz`: steps (moments,), counts (moments, h, w)."""
@@ -376,6 +399,7 @@ def result(run: Run, data: datasets.Data) -> dict[str, Any]:
     return {
         "data": data.name,
         "method": run.config.method,
+        "storage": storage_of(run.config, run.sparsifier.method),
         "seed": run.config.seed,
         "steps": run.steps,
         "accuracy": evaluate(run.model, data.test_x, data.test_y),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regrow.nn import SparseLinear
+
 Shape = tuple[int, int, int]
 
 
@@ -65,15 +67,15 @@ def build(
 def vision_input_layer(model: nn.Module) -> str | None:
     """Name the Linear layer that reads the flattened image, or None where another kind of layer comes first.
 
-    It is the first module in registration order that holds parameters of its own, if that is a Linear: its
-    weight is (out, c * h * w). A model that is itself a Linear has the name "". Raises nothing.
+    It is the first module in registration order that holds parameters of its own, if that is a Linear, dense or
+    sparse: its weight is (out, c * h * w). A model that is itself a Linear has the name "". Raises nothing.
 
     >>> vision_input_layer(build("mlp", (1, 8, 8), 10)), vision_input_layer(build("wrn-22-2", (3, 8, 8), 10))
     ('fc1', None)
     """
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            return name if isinstance(module, nn.Linear) else None
+            return name if isinstance(module, (nn.Linear, SparseLinear)) else None
     return None
 
 

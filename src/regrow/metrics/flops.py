@@ -13,15 +13,14 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 
 from regrow.discovery import canonical
@@ -34,32 +33,55 @@ _Args = tuple[Any, ...]
 
 
 class LayerFlops(NamedTuple):
-    """One weight's share of a forward pass; `outputs`, `dense` and `sparse` are per sample.
+    """One weight's share of a forward pass, per sample.
 
-    `outputs` counts the numbers this weight computes, `dense` and `sparse` are FLOPs. A weight that the
-    forward pass never multiplies (an embedding, a module that is not called) has zeros.
+    A weight that the forward pass never multiplies (an embedding, a module that is not called) costs nothing.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     outputs: float
-    density: float
-    dense: float
-    sparse: float
+    """Numbers that this weight computes."""
+    times: tuple[float, ...]
+    """How often one entry is multiplied, for each equal block of leading rows."""
+    densities: tuple[float, ...]
+    """Of each of these blocks."""
+
+    @property
+    def density(self) -> float:
+        """The density of the whole weight."""
+        return sum(self.densities) / len(self.densities)
+
+    @property
+    def dense(self) -> float:
+        """FLOPs with every entry active."""
+        return self._cost([1.0] * len(self.times))
+
+    @property
+    def sparse(self) -> float:
+        """FLOPs at the given densities."""
+        return self._cost(self.densities)
+
+    def _cost(self, densities: Sequence[float]) -> float:
+        entries = math.prod(self.shape) // len(self.times)
+        products = sum(times * density for times, density in zip(self.times, densities, strict=True))
+        return 2 * entries * products + self.outputs
 
 
 @dataclass(frozen=True)
 class Flops:
     """FLOPs of one forward pass of one sample, weight by weight, in the order of the model's modules.
 
-    >>> row = LayerFlops("fc.weight", "Linear", (10, 100), 10, 0.1, 2010.0, 210.0)
+    >>> row = LayerFlops("fc.weight", "Linear", (10, 100), 10, times=(1,), densities=(0.1,))
     >>> total = Flops((row, row))
     >>> total.dense, total.sparse, round(total.ratio, 4)
     (4020.0, 420.0, 0.1045)
     """
 
     layers: tuple[LayerFlops, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    """Later names of tied weights -> the first name."""
 
     @property
     def dense(self) -> float:
@@ -75,6 +97,47 @@ class Flops:
     def ratio(self) -> float:
         """`sparse / dense`; NaN for a model in which nothing is counted."""
         return self.sparse / self.dense if self.dense else math.nan
+
+    def at(self, densities: Mapping[str, float]) -> Flops:
+        """The same forward pass at other densities; weights and blocks that are not named keep theirs.
+
+        Args:
+            densities: as `flops` takes them.
+
+        Raises:
+            ValueError: a name that is none of these weights, a density that is given twice or lies outside [0, 1].
+
+        >>> count = flops(nn.Linear(100, 10), torch.zeros(1, 100))
+        >>> count.at({"weight": 0.1}).sparse, count.at({"weight": 0.2}).sparse
+        (210.0, 410.0)
+        """
+        chosen = self._chosen(densities)
+        rows = []
+        for row in self.layers:
+            name = self.aliases.get(row.name, row.name)
+            given = tuple(chosen.get((name, i), old) for i, old in enumerate(row.densities))
+            rows.append(row._replace(densities=given))
+        return replace(self, layers=tuple(rows))
+
+    def _chosen(self, densities: Mapping[str, float]) -> dict[tuple[str, int], float]:
+        """(first name of a weight, number of a block) -> its density."""
+        n_blocks = {self.aliases.get(row.name, row.name): len(row.densities) for row in self.layers}
+        chosen: dict[tuple[str, int], float] = {}
+        for given, density in densities.items():
+            match = _BLOCK.fullmatch(given)
+            base = _base(given)
+            name = self.aliases.get(base, base)
+            count = n_blocks.get(name, 0)
+            indices = [int(match[2])] if match else list(range(count))
+            if count == 0 or (match and (count == 1 or indices[0] >= count)):
+                raise ValueError(_unknown_name(given, n_blocks))
+            if not 0 <= density <= 1:
+                raise ValueError(f"flops: the density of {given!r} must lie in [0, 1], got {density}")
+            for index in indices:
+                if (name, index) in chosen:
+                    raise ValueError(f"flops: {given!r} gives {name!r} a second density; keep one of the two")
+                chosen[name, index] = float(density)
+        return chosen
 
     def __str__(self) -> str:
         head = ("weight", "kind", "shape", "outputs", "density", "dense", "sparse")
@@ -96,6 +159,7 @@ class _Tally:
 
     kind: str
     shape: tuple[int, ...]
+    densities: list[float]
     times: list[int]
     outputs: int = 0
 
@@ -103,10 +167,9 @@ class _Tally:
         self.times = [old + new for old, new in zip(self.times, use.times, strict=True)]
         self.outputs += use.outputs
 
-    def flops(self, densities: list[float]) -> float:
-        entries = math.prod(self.shape) // len(self.times)
-        products = sum(times * density for times, density in zip(self.times, densities, strict=True))
-        return 2 * entries * products + self.outputs
+    def row(self, name: str, n_samples: int) -> LayerFlops:
+        times = tuple(times / n_samples for times in self.times)
+        return LayerFlops(name, self.kind, self.shape, self.outputs / n_samples, times, tuple(self.densities))
 
 
 def flops(
@@ -120,11 +183,11 @@ def flops(
     """FLOPs per sample of one forward pass, dense and at the given densities.
 
     A weight costs `2 * density * numel * uses + outputs`. Counted are Linear, Conv1d/2d/3d and their
-    transposes (any groups), RNN, GRU, LSTM and their cells, MultiheadAttention's projections, and
-    transformers' `Conv1D`. Norms, pooling, embeddings, softmax, the products of attention, residual sums
-    and the loss are not. A module called several times counts as often. Like any convolution's, the
-    border's products with padding are counted; a transposed convolution counts one product per entry and
-    input position, cropped or not.
+    transposes (any groups), RNN, GRU, LSTM and their cells, MultiheadAttention's projections, transformers'
+    `Conv1D`, and the sparse modules that stand for any of these. Norms, pooling, embeddings, softmax, the
+    products of attention, residual sums and the loss are not. A module called several times counts as often.
+    Like any convolution's, the border's products with padding are counted; a transposed convolution counts
+    one product per entry and input position, cropped or not.
 
     The model runs once, in evaluation mode, without gradients and uncompiled, and is left as it was.
 
@@ -132,9 +195,10 @@ def flops(
         model: any module; on the meta device the count costs no arithmetic.
         example_input: a tensor (batch, ...), or a tuple or dict of the model's arguments, on the model's
             device. The figures are divided by the leading size of its first tensor.
-        densities: weight name ("conv1.weight") to density in [0, 1]; names not given are dense. `module.` and
-            `_orig_mod.` in a name are ignored, and a tied weight goes by any of its names. The equal blocks
-            of leading rows of a packed weight have names too: "attn.in_proj_weight[0]", "gru.weight_hh[2]".
+        densities: weight name ("conv1.weight") to density in [0, 1]; what is not named is dense, or in a sparse
+            module has the density that it has there. `module.` and `_orig_mod.` in a name are ignored, and a
+            tied weight goes by any of its names. The equal blocks of leading rows of a packed weight have names
+            too: "attn.in_proj_weight[0]", "gru.weight_hh[2]".
         batch_size: samples in `example_input`, where that is not its leading size (time-major recurrent
             models).
         paper_quirks: reproduce the printed figures of the paper, whose code differs in two points.
@@ -162,16 +226,10 @@ def flops(
     if n_samples < 1:
         raise ValueError(f"flops: the batch must hold a sample or more, got {n_samples}; pass batch_size=")
     tallies = _tallies(model)
-    given = _block_densities(model, densities or {}, tallies)
+    aliases = _add_uncounted(model, densities or {}, tallies)
     _run(model, example_input, tallies, paper_quirks)
-    rows = []
-    for name, tally in tallies.items():
-        blocks = given.get(name, [1.0] * len(tally.times))
-        dense, sparse = tally.flops([1.0] * len(blocks)), tally.flops(blocks)
-        density = sum(blocks) / len(blocks)
-        outputs = tally.outputs / n_samples
-        rows.append(LayerFlops(name, tally.kind, tally.shape, outputs, density, dense / n_samples, sparse / n_samples))
-    return Flops(tuple(rows))
+    rows = tuple(tally.row(name, n_samples) for name, tally in tallies.items())
+    return Flops(rows, aliases).at(densities or {})
 
 
 def training_flops(
@@ -263,7 +321,9 @@ def _name(path: str, weight: str) -> str:
 def _tallies(model: nn.Module) -> dict[str, _Tally]:
     """An empty tally for every counted weight, by canonical name, in the order of the model's modules."""
     return {
-        _name(path, weight): _Tally(uses.kind(module), tuple(getattr(module, weight).shape), [0] * count)
+        _name(path, weight): _Tally(
+            uses.kind(module), uses.shape(module, weight), uses.densities(module, weight, count), [0] * count
+        )
         for path, module in model.named_modules()
         for weight, count in uses.blocks(module).items()
     }
@@ -276,7 +336,7 @@ def _run(model: nn.Module, example_input: Any, tallies: dict[str, _Tally], quirk
     def record(path: str, module: nn.Module, args: _Args, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal seen_convolution
         call = uses.uses(module, args, kwargs, output)
-        if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        if uses.is_convolution(module):
             if quirks:
                 tensor = uses.input_of(args, kwargs)
                 call = {"weight": uses.paper_use(module, tensor, call["weight"], not seen_convolution)}
@@ -334,38 +394,23 @@ def _leading_size(example_input: Any) -> int:
     raise ValueError(f"flops: no tensor in the example input, a {type(example_input).__name__}; pass batch_size=")
 
 
-def _block_densities(
-    model: nn.Module, densities: Mapping[str, float], tallies: dict[str, _Tally]
-) -> dict[str, list[float]]:
-    """The densities of each tally's blocks; a named weight that is not counted gets an empty tally."""
+def _add_uncounted(model: nn.Module, densities: Mapping[str, float], tallies: dict[str, _Tally]) -> dict[str, str]:
+    """Give named weights that are not counted an empty tally; return later names of tied weights -> the first."""
     parameters = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     first: dict[int, str] = {}
     alias = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
-    named = {name: _BLOCK.fullmatch(name) for name in densities}
-    bases = {name: canonical(match[1] if match else name) for name, match in named.items()}
     counted = {alias.get(name, name) for name in tallies}
-    for base in bases.values():
+    for base in map(_base, densities):
         if alias.get(base, base) not in counted and base in parameters and parameters[base].ndim > 1:
             owner = _owner(model, parameters[base])
-            tallies.setdefault(base, _Tally(owner, tuple(parameters[base].shape), [0]))
-    n_blocks = {alias.get(name, name): len(tally.times) for name, tally in tallies.items()}
-    chosen: dict[tuple[str, int], float] = {}
-    for given, density in densities.items():
-        match, name = named[given], alias.get(bases[given], bases[given])
-        count = n_blocks.get(name, 0)
-        indices = [int(match[2])] if match else list(range(count))
-        if count == 0 or (match and (count == 1 or indices[0] >= count)):
-            raise ValueError(_unknown_name(given, n_blocks))
-        if not 0 <= density <= 1:
-            raise ValueError(f"flops: the density of {given!r} must lie in [0, 1], got {density}")
-        for index in indices:
-            if (name, index) in chosen:
-                raise ValueError(f"flops: {given!r} gives {name!r} a second density; keep one of the two")
-            chosen[name, index] = float(density)
-    return {
-        name: [chosen.get((alias.get(name, name), index), 1.0) for index in range(len(tally.times))]
-        for name, tally in tallies.items()
-    }
+            tallies.setdefault(base, _Tally(owner, tuple(parameters[base].shape), [1.0], [0]))
+    return {name: other for name, other in alias.items() if name != other}
+
+
+def _base(name: str) -> str:
+    """The canonical name of a weight, by its own name or that of one of its blocks."""
+    match = _BLOCK.fullmatch(name)
+    return canonical(match[1] if match else name)
 
 
 def _owner(model: nn.Module, parameter: nn.Parameter) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 
+from regrow.nn import SparseModule
+
 _KINDS: tuple[type[nn.Module], ...] = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell, nn.MultiheadAttention),
@@ -27,63 +29,94 @@ class Use(NamedTuple):
     outputs: int
 
 
+def dense_type(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, or the dense class that a sparse module stands for."""
+    return module.dense_type if isinstance(module, SparseModule) else type(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether `module` is a convolution that is not transposed."""
+    return issubclass(dense_type(module), _ConvNd) and not issubclass(dense_type(module), _ConvTransposeNd)
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     # By name, because transformers is not a dependency.
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    return any(cls.__name__ == "Conv1D" for cls in dense_type(module).__mro__)
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return issubclass(dense_type(module), (nn.RNNBase, nn.RNNCellBase))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return issubclass(dense_type(module), nn.MultiheadAttention)
 
 
 def kind(module: nn.Module) -> str:
     """The torch class that `module` is counted as, or the name of its own."""
     for cls in _KINDS:
-        if isinstance(module, cls):
+        if issubclass(dense_type(module), cls):
             return cls.__name__
-    return "Conv1D" if _is_conv1d(module) else type(module).__name__
+    return "Conv1D" if _is_conv1d(module) else dense_type(module).__name__
+
+
+def shape(module: nn.Module, weight: str) -> tuple[int, ...]:
+    """The shape of a weight that `module` holds; of a sparse one, the shape with its zeros."""
+    if isinstance(module, SparseModule) and weight in module.shapes:
+        return module.shapes[weight]
+    return tuple(getattr(module, weight).shape)
+
+
+def densities(module: nn.Module, weight: str, count: int) -> list[float]:
+    """The density of each of `count` equal blocks of leading rows, which is 1 in a dense weight."""
+    if not isinstance(module, SparseModule) or weight not in module.shapes:
+        return [1.0] * count
+    topology = module.topology(weight)
+    rows = topology.rows // count
+    return [topology.block(i * rows, (i + 1) * rows).density for i in range(count)]
 
 
 def blocks(module: nn.Module) -> dict[str, int]:
     """The counted weights that `module` itself holds, each with its number of blocks of leading rows."""
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+    own: Any = module
+    if _is_recurrent(module):
         return {
-            name: 1 if name.startswith("weight_hr") else parameter.shape[0] // module.hidden_size
-            for name, parameter in module.named_parameters(recurse=False)
+            name: 1 if name.startswith("weight_hr") else shape(module, name)[0] // own.hidden_size
+            for name, _ in module.named_parameters(recurse=False)
             if name.startswith("weight_")
         }
-    if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is not None:
+    if _is_attention(module):
+        if own.in_proj_weight is not None:
             return {"in_proj_weight": 3}
         return {"q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
-    return {"weight": 1} if isinstance(module, (nn.Linear, _ConvNd)) or _is_conv1d(module) else {}
+    return {"weight": 1} if issubclass(dense_type(module), (nn.Linear, _ConvNd)) or _is_conv1d(module) else {}
 
 
 def uses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Use]:
     """What one call of `module` does with each of its counted weights."""
-    if isinstance(module, nn.MultiheadAttention):
-        return _attention_uses(module, args, kwargs, output)
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return _recurrent_uses(module, output)
-    if isinstance(module, _ConvTransposeNd):
-        return {"weight": Use((input_of(args, kwargs).numel() // module.in_channels,), output.numel())}
-    if isinstance(module, _ConvNd):
-        return {"weight": Use((output.numel() // module.out_channels,), output.numel())}
+    own: Any = module
+    if _is_attention(module):
+        return _attention_uses(own, args, kwargs, output)
+    if _is_recurrent(module):
+        return _recurrent_uses(own, output)
+    if is_convolution(module):
+        return {"weight": Use((output.numel() // own.out_channels,), output.numel())}
+    if issubclass(dense_type(module), _ConvTransposeNd):
+        return {"weight": Use((input_of(args, kwargs).numel() // own.in_channels,), output.numel())}
     return {"weight": Use((output.numel() // output.shape[-1],), output.numel())}
 
 
-def _recurrent_uses(module: nn.RNNBase | nn.RNNCellBase, output: Any) -> dict[str, Use]:
+def _recurrent_uses(module: Any, output: Any) -> dict[str, Use]:
     first = output[0] if isinstance(output, tuple) else output
     states = first.data if isinstance(first, PackedSequence) else first
     width = module.hidden_size
-    if isinstance(module, nn.RNNBase):
+    if issubclass(dense_type(module), nn.RNNBase):
         width = (module.proj_size or width) * (2 if module.bidirectional else 1)
     steps = states.numel() // width
-    return {
-        name: Use((steps,) * count, steps * module.get_parameter(name).shape[0])
-        for name, count in blocks(module).items()
-    }
+    return {name: Use((steps,) * count, steps * shape(module, name)[0]) for name, count in blocks(module).items()}
 
 
-def _attention_uses(
-    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> dict[str, Use]:
+def _attention_uses(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> dict[str, Use]:
     call = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
     width = module.embed_dim
     tokens = (
@@ -96,7 +129,9 @@ def _attention_uses(
     else:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         projections = {name: Use((n,), n * width) for name, n in zip(names, tokens, strict=True)}
-    # Attention multiplies by the output projection's weight without calling that module: no hook of it fires.
+    if isinstance(module, SparseModule):
+        return projections
+    # Dense attention multiplies by the output projection's weight without calling that module: no hook of it fires.
     return {**projections, "out_proj.weight": Use((tokens[0],), output[0].numel())}
 
 
@@ -107,8 +142,9 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return tensor
 
 
-def paper_use(conv: _ConvNd, tensor: Tensor, use: Use, is_first: bool) -> Use:
+def paper_use(module: nn.Module, tensor: Tensor, use: Use, is_first: bool) -> Use:
     """`use` as the paper's code has it, for a convolution of `tensor` (batch, channels, *sizes)."""
+    conv: Any = module
     is_depthwise = conv.groups == conv.in_channels > 1
     (positions,) = use.times
     is_strided = any(stride > 1 for stride in conv.stride)

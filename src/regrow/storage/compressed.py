@@ -75,11 +75,12 @@ class CompressedParameter:
         self._materialized = False
         self._keep_dense = False
         self._holding = False
-        self._keeper = kernels.Keeper(allow)
-        self._earlier = 0
-        """How many of the kept operands belong to backward passes that are already in the gradient."""
+        self._keeper = kernels.Keeper(self._allow)
+        self._budget = allow
+        self._passes: list[int] = []
+        """Which backward pass each of the kept operands belongs to; 0 once that pass is in the gradient."""
         self._seen: tuple[weakref.ref[Tensor], int] | None = None
-        self._largest = 0.0
+        self._largest: float | None = None
         self._factor = 1.0
         self._scale = 1.0
         self._handle: torch.utils.hooks.RemovableHandle | None = None
@@ -134,15 +135,24 @@ class CompressedParameter:
 
     def require_free(self) -> None:
         """Raise ValueError when the parameter cannot change its memory, since something still refers to it."""
-        other = nn.Parameter(self.parameter.detach().new_empty(0), self.parameter.requires_grad)
-        try:
-            _exchange(self.parameter, other)
-            _exchange(self.parameter, other)
-        except RuntimeError as error:
+        self._let_go()
+        weak = len(weakref.getweakrefs(self.parameter))
+        strong = self.parameter._use_count() - 1  # type: ignore[attr-defined]
+        for module, _ in self.holders:
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()
+        if weak or strong:
             raise ValueError(
-                f"{self.weights[0].name} cannot become compressed while something else refers to it ({error}): call "
-                "regrow.sparsify before the first forward pass, or delete that pass's outputs"
-            ) from None
+                f"{self.weights[0].name} cannot become compressed while something else refers to it ({strong} graphs "
+                f"or tensors, {weak} weak references): call regrow.sparsify before the first forward pass and before "
+                "DistributedDataParallel, or delete that pass's outputs"
+            )
+
+    def _let_go(self) -> None:
+        """Drop the weak references that torch's recurrent layers keep of their weights, which forbid an exchange."""
+        for module, _ in self.holders:
+            if isinstance(module, nn.RNNBase):
+                module._flat_weight_refs = []
 
     def materialize(self, room: int, seed: int) -> None:
         """Give the parameter memory for its active values only, and its modules their sparse form.
@@ -161,7 +171,8 @@ class CompressedParameter:
         fresh = nn.Parameter(
             blank if dense.is_meta else _gathered(dense, topology, capacity), self.parameter.requires_grad
         )
-        _exchange(self.parameter, fresh)
+        self._let_go()
+        exchange(self.parameter, fresh)
         self.optimizer.state.get(self.parameter, {}).update(state)
         if grad is not None and not grad.is_meta:
             self.parameter.grad = _gathered(grad, topology, capacity)
@@ -198,20 +209,47 @@ class CompressedParameter:
 
     # Gradients
 
+    def _allow(self, more: int) -> None:
+        """Before operands are kept: forget those of earlier passes, unless the gradient contains them."""
+        now = torch._C._current_graph_task_id()
+        del self._passes[len(self._keeper.kept) :]
+        if now not in self._passes:
+            self._forget_discarded()
+        self._budget(more)
+        self._passes.append(now)
+
+    def _forget_discarded(self) -> None:
+        grad = self.parameter.grad
+        if grad is not None and self._seen is not None and self._seen[0]() is grad and grad._version == self._seen[1]:
+            return
+        # Clipping and the mean over ranks write to a gradient, which goes on; one that is zero begins anew.
+        if grad is None or not grad.any():
+            self._retain(lambda key: key != 0)
+
+    def forget_unfinished(self) -> None:
+        """Forget what is kept of passes that are in no gradient: broken off, discarded, or by `torch.autograd.grad`."""
+        now = torch._C._current_graph_task_id()
+        self._forget_discarded()
+        self._retain(lambda key: key in (0, now))
+
+    def _retain(self, wanted: Callable[[int], bool]) -> None:
+        kept = [(key, operands) for key, operands in zip(self._passes, self._keeper.kept, strict=True) if wanted(key)]
+        self._passes[:] = [key for key, _ in kept]
+        self._keeper.kept[:] = [operands for _, operands in kept]
+
     def _accumulated(self, parameter: Tensor) -> None:
-        """After each backward: forget what was kept before, unless the gradient still contains it."""
+        """After each backward: what was kept of it is in the gradient now."""
         grad = parameter.grad
         if grad is None:
             return
         self.fresh = self.reached = True
         if self._holding or not self._keep_dense:
             return
-        seen = self._seen
-        if seen is None or seen[0]() is not grad or grad._version != seen[1] + 1:
-            del self._keeper.kept[: self._earlier]
-        self._earlier = len(self._keeper.kept)
+        now = torch._C._current_graph_task_id()
+        self._passes[:] = [0 if key == now else key for key in self._passes]
         self._seen = weakref.ref(grad), grad._version
-        self._largest, self._factor = _largest(grad), 1.0
+        # Other ranks have a say in what the gradient will be.
+        self._largest = _largest(grad) if _ranks() == 1 else None
 
     def mask_gradient(self) -> None:
         """Zero the inert tail of the gradient."""
@@ -221,20 +259,23 @@ class CompressedParameter:
 
     def settle(self) -> None:
         """Make what was kept agree with the parameter's gradient: as much clipped or unscaled, or forgotten."""
+        if self._holding:
+            return
+        self._retain(lambda key: key == 0)
         grad = self.parameter.grad
-        if self._holding or not self._keeper.kept:
-            return
-        if grad is None or self._seen is None or self._seen[0]() is not grad:
+        if grad is None:
             self._forget()
+        if grad is None or not self.looked:
             return
+        if self._largest is None:
+            self._largest = _largest(self._sampled(self.whole))
         now = _largest(grad)
-        # On several ranks the gradient has become a mean, which is no multiple of this rank's.
-        if _ranks() == 1 and 0 < self._largest < math.inf and now < math.inf:
-            self._factor = now / self._largest
+        self._factor = now / self._largest if 0 < self._largest < math.inf and now < math.inf else 1.0
 
     def _forget(self) -> None:
         self._keeper.kept.clear()
-        self._earlier, self._seen, self._factor = 0, None, 1.0
+        self._passes.clear()
+        self._seen, self._largest, self._factor = None, None, 1.0
 
     def set_aside(self) -> None:
         """Nothing is to be done: what growth reads lies in the keeper, apart from the gradient."""
@@ -257,8 +298,8 @@ class CompressedParameter:
 
     @property
     def looked(self) -> bool:
-        """Whether there is a gradient at every position for growth to look at."""
-        return bool(self._keeper.kept)
+        """Whether there is a gradient at every position for growth to look at, if only from other ranks."""
+        return bool(self._keeper.kept) or (self._keep_dense and self._materialized and _ranks() > 1)
 
     def require_finite_gradient(self) -> None:
         """Raise ValueError when the gradient at the active entries is not finite; growth checks the others."""
@@ -290,19 +331,29 @@ class CompressedParameter:
         """
         if not self._materialized:
             return self.gradient().detach()[low:high].reshape(-1)
-        if not self._keeper.kept:
+        if not self.looked:
             raise ValueError(
                 f"{self.weights[0].name}: the gradient at inactive positions is not kept here: declare it in the "
                 "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
             )
-        rows = self._keeper.rows(low, high, math.prod(self.shape[1:])).view(-1)
+        size = math.prod(self.shape[1:])
+        if self._keeper.kept:
+            rows = self._keeper.rows(low, high, size).view(-1)
+        else:
+            rows = self.parameter.detach().new_zeros((high - low) * size)
         return self._mean(rows).mul_(self._factor / self._scale)
 
     def gradient_at(self, topology: Topology) -> Tensor:
         """The gradient at the entries of a topology of the whole parameter, (nnz,); the mean over ranks."""
+        return self._sampled(topology).mul_(self._factor / self._scale)
+
+    def _sampled(self, topology: Topology) -> Tensor:
+        """As `gradient_at`, of the gradient as it was accumulated."""
         index = kernels.index(topology)
-        total = torch.stack([kernels.sampled(o, index) for o in self._keeper.kept]).sum(0)
-        return self._mean(total).mul_(self._factor / self._scale)
+        total = self.parameter.detach().new_zeros(topology.nnz)
+        for operands in self._keeper.kept:
+            total += kernels.sampled(operands, index)
+        return self._mean(total)
 
     def _mean(self, gradient: Tensor) -> Tensor:
         if _ranks() > 1:
@@ -460,16 +511,26 @@ def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Hold
                 f"{name} belongs to a {type(module).__name__}, of which there is no sparse form: name it in skip=, or "
                 'use storage="masked" or storage="auto"'
             )
-    if type(optimizer).__name__ in REFUSED:
+    if any(base.__name__ in REFUSED for base in type(optimizer).__mro__):
         raise ValueError(
             f"{type(optimizer).__name__} cannot step {name} compressed, since it is no element-wise optimizer: use "
             'SGD, Adam or another element-wise one for it, or storage="masked"'
         )
+    if any(torch.is_tensor(s) and s.is_meta for state in optimizer.state.values() for s in state.values()):
+        raise ValueError(
+            f"{type(optimizer).__name__} began with state on the meta device, whose values are lost: build the model "
+            "on a real device, or use an optimizer that makes its state in its first step"
+        )
 
 
-def _exchange(one: Tensor, other: Tensor) -> None:
-    """Exchange memory, shape and everything else but the identity of two tensors."""
+def exchange(one: Tensor, other: Tensor) -> None:
+    """Exchange memory and shape of two tensors; `one` keeps its identity, its attributes and its hooks."""
+    attributes = dict(vars(one))
     torch.utils.swap_tensors(one, other)  # type: ignore[no-untyped-call]
+    vars(one).update(attributes)
+    # Half of a hook lies in what was exchanged; naming it anew puts it there again.
+    one._backward_hooks = one._backward_hooks
+    one._post_accumulate_grad_hooks = one._post_accumulate_grad_hooks
 
 
 def _gathered(dense: Tensor, topology: Topology, capacity: int) -> Tensor:
