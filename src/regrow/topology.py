@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow import selection
 
 _INT32 = torch.iinfo(torch.int32).max
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Entries of which flat positions are formed at once, so that set operations need little memory beside the result."""
 
 

@@ -30,7 +30,7 @@ from regrow.topology import Topology
 REFUSED = frozenset({"Muon", "Adafactor", "LBFGS"})
 """Optimizers of torch.optim that read a weight's dense shape, or all parameters as one vector."""
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 """Entries of the gradient that are formed at once."""
 
 Holder = tuple[nn.Module, str]
