@@ -58,7 +58,8 @@ def linear(
     if x.shape[-1] != expected:
         raise ValueError(f"the input has {x.shape[-1]:,} features, the sparse weight takes {expected:,}")
     x, values, bias = _cast(x, values, bias)
-    y: Tensor = _spmm(_flat(x), values, bias, *index, transposed, keep)
+    flat = _flat(x)
+    y: Tensor = _spmm(flat, values, bias, *index, transposed, _is_feature_major(flat), keep)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -100,6 +101,10 @@ def _flat(x: Tensor) -> Tensor:
     """(batch, features), with one of both strides 1."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def _whole(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _kernels(*tensors: Tensor) -> ModuleType:
@@ -162,12 +167,13 @@ def _spmm(
     t_rows: Tensor,
     order: Tensor,
     transposed: bool,
+    feature_major: bool,
     keep: int,
 ) -> Tensor:
-    """x (batch, cols) W^T + bias, or x (batch, rows) W + bias; the output has the layout of x."""
+    """x (batch, cols) W^T + bias, or x (batch, rows) W + bias; `feature_major` is the layout of the output."""
     at = Index(starts, columns, t_starts, t_rows, order)
-    out = _empty(x, at.cols if transposed else at.rows, _is_feature_major(x))
-    _kernels(x, values, starts).spmm(x, values, bias, at, transposed, out)
+    out = _empty(x, at.cols if transposed else at.rows, feature_major)
+    _kernels(x, values, starts).spmm(_flat(x), values.contiguous(), _whole(bias), at, transposed, out)
     return out
 
 
@@ -182,13 +188,14 @@ def _(
     t_rows: Tensor,
     order: Tensor,
     transposed: bool,
+    feature_major: bool,
     keep: int,
 ) -> Tensor:
-    return _empty(x, (t_starts if transposed else starts).shape[0] - 1, _is_feature_major(x))
+    return _empty(x, (t_starts if transposed else starts).shape[0] - 1, feature_major)
 
 
 def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, *at, ctx.transposed, ctx.keep = inputs
+    x, values, _, *at, ctx.transposed, _, ctx.keep = inputs
     ctx.save_for_backward(x, values, *at)
 
 
@@ -199,12 +206,11 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dy = _feature_major(grad)
     if need_x:
         # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
-        dx = _spmm(dy, values, None, *at, not ctx.transposed, 0)
-        dx = dx if _is_feature_major(x) else dx.contiguous()
+        dx = _spmm(dy, values, None, *at, not ctx.transposed, _is_feature_major(x), 0)
     if need_values:
         inner, outer = (dy, x) if ctx.transposed else (x, dy)
         dvalues = _sddmm(inner, outer, *at, values.shape[0], ctx.keep)
-    return dx, dvalues, grad.sum(0) if need_bias else None, *[None] * 7
+    return dx, dvalues, grad.sum(0) if need_bias else None, *[None] * 8
 
 
 _spmm.register_autograd(_spmm_backward, setup_context=_spmm_context)
@@ -226,7 +232,7 @@ def _sddmm(
     at = Index(starts, columns, t_starts, t_rows, order)
     out = x.new_empty(capacity)
     out[at.nnz :] = 0
-    _kernels(x, dy, starts).sddmm(x, dy, at, out)
+    _kernels(x, dy, starts).sddmm(_flat(x), _flat(dy), at, out)
     activations.keep(keep, x, dy)
     return out
 
@@ -253,8 +259,8 @@ def _sddmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, dy, *at = ctx.saved_tensors
-    dx = _spmm(dy, grad, None, *at, True, 0) if ctx.needs_input_grad[0] else None
-    ddy = _spmm(x, grad, None, *at, False, 0) if ctx.needs_input_grad[1] else None
+    dx = _spmm(dy, grad, None, *at, True, _is_feature_major(x), 0) if ctx.needs_input_grad[0] else None
+    ddy = _spmm(x, grad, None, *at, False, _is_feature_major(dy), 0) if ctx.needs_input_grad[1] else None
     return dx, ddy, *[None] * 7
 
 
@@ -278,7 +284,7 @@ def _conv(
     shape = Geometry.from_ints(geometry)
     out = x.new_empty(x.shape[0], starts.shape[0] - 1, *shape.output(x.shape[2], x.shape[3]))
     at = Index(starts, columns, t_starts, t_rows, order)
-    _kernels(x, values, starts).conv(x, values, bias, at, shape, out)
+    _kernels(x, values, starts).conv(x.contiguous(), values.contiguous(), _whole(bias), at, shape, out)
     return out
 
 
@@ -331,7 +337,8 @@ def _conv_input_gradient(
     """The gradient of the input, of `shape` (N, C, H, W), from dy (N, O, HO, WO), contiguous."""
     out = dy.new_empty(shape)
     at = Index(starts, columns, t_starts, t_rows, order)
-    _kernels(dy, values, starts).conv_input_gradient(dy, values, at, Geometry.from_ints(geometry), out)
+    shape_of = Geometry.from_ints(geometry)
+    _kernels(dy, values, starts).conv_input_gradient(dy.contiguous(), values.contiguous(), at, shape_of, out)
     return out
 
 
@@ -386,7 +393,7 @@ def _conv_value_gradient(
     out = x.new_empty(capacity)
     out[at.nnz :] = 0
     shape = Geometry.from_ints(geometry)
-    _kernels(x, dy, starts).conv_value_gradient(x, dy, at, shape, out)
+    _kernels(x, dy, starts).conv_value_gradient(x.contiguous(), dy.contiguous(), at, shape, out)
     activations.keep(keep, x, dy, shape)
     return out
 
