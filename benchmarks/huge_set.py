@@ -18,7 +18,7 @@ from regrow.allocation import uniform
 from regrow.streams import Stream
 
 N, PER_ROW, LATENT = 1_000_000, 10, 4
-STEPS, INTERVAL, UNTIL, BATCH = 200, 60, 180, 32
+STEPS, INTERVAL, UNTIL, BATCH = 200, 60, 180, 16
 FRACTION, SEED, HELD_OUT = 0.1, 0, 7
 
 
