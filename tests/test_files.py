@@ -362,12 +362,12 @@ def test_hostile_shapes_are_refused_before_anything_is_formed(tmp_path: Path, sh
 @pytest.mark.parametrize("density", [0.0, 0.25])
 def test_tied_weights_stay_tied_even_without_entries(tmp_path: Path, density: float) -> None:
     def tied() -> nn.ModuleList:
-        layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+        layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
         layers[1].weight = layers[0].weight
         return layers
 
     def at_work(model: nn.Module, storage: Storage, seed: int) -> regrow.Sparsifier:
-        allocate = regrow.allocation.explicit({"0": density, "2": 0.5})
+        allocate = regrow.allocation.explicit({"0": density, "2": 0.5, "3": 0.0})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         return regrow.sparsify(model, optimizer, methods.static(None, allocate=allocate), storage=storage, seed=seed)
 
@@ -381,6 +381,18 @@ def test_tied_weights_stay_tied_even_without_entries(tmp_path: Path, density: fl
     assert other[0].weight is other[1].weight
     assert other[0].topology() == other[1].topology() == found["0.weight"] == sparsifier.topologies["0.weight"]
     assert found["0.weight"].nnz == 64 * density
+    assert found["3.weight"].nnz == 0 and other[3].weight is not other[0].weight
+
+
+def test_a_module_under_two_names_is_one(tmp_path: Path) -> None:
+    layer = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    for storage in ("masked", "compressed"):
+        regrow.save(sparse(copy.deepcopy(model), storage=storage), tmp_path / storage)
+    assert (tmp_path / "masked").read_bytes() == (tmp_path / "compressed").read_bytes()
+    sparsifier = sparse(model, storage="compressed", seed=1)
+    assert regrow.load(tmp_path / "masked", model) == sparsifier.topologies
+    assert model["a"] is model["b"] is layer
 
 
 def test_two_weights_do_not_load_into_tied_ones(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_reported_numbers_are_those_of_the_saved_model(tmp_path: Path) -> None:
         assert np.array_equal(maps["counts"][-1], per_pixel)
         assert (maps["counts"].sum((1, 2)) == topologies["fc1.weight"].nnz).all()
         assert maps["steps"][0] == 0 and maps["steps"][-1] == 60
+    sparse = sum(2 * t.nnz + t.shape[0] for t in topologies.values())
+    assert result["inference_flops_ratio"] == sparse / sum(2 * t.numel + t.shape[0] for t in topologies.values())
     dense = 3 * result["steps"]
     updates, density = 8, result["inference_flops_ratio"]
     assert result["updates"] == updates
@@ -233,7 +235,7 @@ BAD = [
     (["train", "--storage", "packed"], "'packed' is not one of 'masked', 'compressed'"),
     *[
         (
-            ["train", "--storage", "compressed", "--method", method, "--density", "0.1"],
+            ["train", "--storage", "compressed", "--method", method, "--density", "0.1", "--steps", "9999"],
             "bytes dense; use --storage masked",
         )
         for method in ("gmp", "snfs", "snip")

@@ -126,7 +126,7 @@ def build(config: Config, data: datasets.Data) -> Run:
     model = network(width)
     optimizer = _optimizer(config, model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config))
-    storage = storage_of(config, method)
+    storage = storage_for(config, method)
     if storage == "masked":
         # A record of every position, which the other storages exist to avoid.
         method = method._replace(needs=method.needs | Need.EXPLORED)
@@ -145,7 +145,7 @@ def build(config: Config, data: datasets.Data) -> Run:
     return Run(config, config.steps, model, optimizer, scheduler, sparsifier, forward, baseline)
 
 
-def storage_of(config: Config, method: Method) -> Storage:
+def storage_for(config: Config, method: Method) -> Storage:
     """The storage of a run: what was asked for, but masked for a network that is dense from the first step to the last.
 
     Such a baseline is measured as its users have it, on torch's own kernels.
@@ -399,7 +399,7 @@ def result(run: Run, data: datasets.Data) -> dict[str, Any]:
     return {
         "data": data.name,
         "method": run.config.method,
-        "storage": storage_of(run.config, run.sparsifier.method),
+        "storage": storage_for(run.config, run.sparsifier.method),
         "seed": run.config.seed,
         "steps": run.steps,
         "accuracy": evaluate(run.model, data.test_x, data.test_y),
