@@ -1,8 +1,8 @@
 // Convolution with a sparse weight, its input gradient and its value gradients.
 //
-// A block holds as many images as a vector has lanes (or pieces of images, where there are few), packed with its image innermost
-// and padded with zeros, so a connection (o, c, i, j) is an offset into it and one multiply-add serves a register tile of
-// output positions of all images of the block. All three products share this: they differ in what a connection does
+// A block holds as many images as a vector has lanes (or pieces of images, where there are few), packed with its image
+// innermost and padded with zeros, so a connection (o, c, i, j) is an offset into it and one multiply-add serves a register
+// tile of output positions of all images of the block. All three products share this: they differ in what a connection does
 // with the tile. Channels of the source are taken in panels that stay in the first-level cache while every row of the
 // weight goes over them.
 #pragma once
@@ -30,6 +30,7 @@ constexpr int tile_size = tile_rows * tile_columns;
 
 constexpr Int level1_bytes = 32 << 10;
 constexpr Int level2_bytes = 512 << 10;
+constexpr Int widest = 48;  // tile; wider ones would leave no room for rows
 
 inline Int round_up(Int n, Int multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline Int divide_up(Int n, Int by) { return (n + by - 1) / by; }
@@ -70,6 +71,7 @@ struct Axis {
 struct Slots {
     std::vector<Int> source, of_tap;
 
+    Slots() = default;
     Slots(const Axis& axis, Int tile) : of_tap(axis.taps.size()) {
         for (Int residue = 0; residue < axis.source_step; ++residue) {
             Int low = INT64_MAX, high = INT64_MIN;
@@ -110,22 +112,13 @@ struct Route {
     }
 };
 
-template <int H, int N, class V, std::size_t... K>
-inline void exchange(V& a, V& b, std::index_sequence<K...>) {
-    const V lower = __builtin_shufflevector(a, b, ((K & H) ? N + K - H : K)...);
-    b = __builtin_shufflevector(a, b, ((K & H) ? N + K : K + H)...);
+// Swaps the lanes of `a` that have bit H in their number with those of `b` that lack it.
+template <int H, class V, int... K>
+inline void exchange(V& a, V& b, std::integer_sequence<int, K...>) {
+    constexpr int n = sizeof...(K);
+    const V lower = shuffle(a, b, std::integer_sequence<int, (K & H ? n + K - H : K)...>());
+    b = shuffle(a, b, std::integer_sequence<int, (K & H ? n + K : K + H)...>());
     a = lower;
-}
-
-template <int N, int H = N / 2, class V>
-inline __attribute__((always_inline)) void transpose(V* rows) {
-    if constexpr (H > 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < N; ++i) {
-            if (!(i & H)) exchange<H, N>(rows[i], rows[i + H], std::make_index_sequence<N>());
-        }
-        transpose<N, H / 2>(rows);
-    }
 }
 
 // Elements of the first `count` lanes only, in whole halves, quarters, ...
@@ -178,7 +171,7 @@ inline void pack(const T* const* planes, Int offset, const Route<N>& route, Sum<
         } else {
             for (int lane = 0; lane < N; ++lane) rows[lane] = load_some<N>(planes[lane] + offset + chunk.position, chunk.count);
         }
-        transpose<N>(rows);
+        transpose(rows);
         if (chunk.count == N) {
 #pragma GCC unroll 16
             for (int k = 0; k < N; ++k) store<N>(packed + Int(chunk.slot[k]) * N, rows[k]);
@@ -196,7 +189,7 @@ inline void unpack(const Sum<T>* packed, const Route<N>& route, T* const* planes
         V rows[N];
 #pragma GCC unroll 16
         for (int k = 0; k < N; ++k) rows[k] = load<N>(packed + Int(chunk.slot[k]) * N);
-        transpose<N>(rows);
+        transpose(rows);
         if (chunk.count == N) {
 #pragma GCC unroll 16
             for (int lane = 0; lane < N; ++lane) store<N>(planes[lane] + offset + chunk.position, rows[lane]);
@@ -229,16 +222,16 @@ struct Panel {
     bool opens;
 };
 
-// How a product is cut up: tiles of each image, blocks of lanes, panels of channels. Nothing here depends on the number of threads.
+// How a product is cut up: tiles of each image, blocks of lanes, panels of channels. The number of threads has no part in it.
 template <int N>
 struct Plan {
     Axis vertical, horizontal;
     Int images, channels, rows, groups;
-    Int sub_rows, sub_columns;        // steps in a register tile
-    Int tile_height, tile_width;      // steps in a tile of an image
+    Int sub_rows, sub_columns;            // steps in a register tile
+    Int tile_height = 0, tile_width = 0;  // steps in a tile of an image
     Slots down, across;
     std::vector<Panel> panels;
-    std::vector<Int> panel_of;        // by source channel
+    std::vector<Int> panel_of;            // by source channel
 
     Plan(Axis v, Axis h, Int images, Int channels, Int rows, Int groups, double density, Int element)
         : vertical(std::move(v)),
@@ -249,11 +242,10 @@ struct Plan {
           groups(groups),
           sub_rows(vertical.steps() == 1 ? 1 : tile_rows),
           sub_columns(vertical.steps() == 1 ? tile_size : tile_columns),
-          tile_height(0),
-          tile_width(0),
-          down(vertical, (choose_tile(element), tile_height)),
-          across(horizontal, tile_width),
-          panel_of(channels) {
+          panel_of(std::size_t(channels)) {
+        choose_tile(element);
+        down = Slots(vertical, tile_height);
+        across = Slots(horizontal, tile_width);
         choose_panels(density, element);
     }
 
@@ -281,10 +273,12 @@ struct Plan {
     void choose_tile(Int element) {
         // Results of all rows over a tile wait in the second-level cache for the next panel.
         const Int positions = std::max<Int>(tile_size, level2_bytes / (rows * phases() * N * element));
-        tile_width = std::min(round_up(horizontal.steps(), sub_columns), std::max(sub_columns, positions / sub_rows / sub_columns * sub_columns));
-        if (tile_width > 48) tile_width = 48 / sub_columns * sub_columns;
-        tile_height = std::min(round_up(vertical.steps(), sub_rows), std::max(sub_rows, positions / tile_width / sub_rows * sub_rows));
-        const auto scarce = [&] { return images * divide_up(vertical.steps(), tile_height) * divide_up(horizontal.steps(), tile_width) < 4 * N; };
+        const auto most = [](Int steps, Int sub, Int room) {
+            return std::min(round_up(steps, sub), std::max(sub, room / sub * sub));
+        };
+        tile_width = most(horizontal.steps(), sub_columns, std::min(widest, positions / sub_rows));
+        tile_height = most(vertical.steps(), sub_rows, positions / tile_width);
+        const auto scarce = [&] { return images * tiles() < 4 * N; };
         while (scarce() && tile_height > sub_rows) tile_height = round_up(tile_height / 2, sub_rows);
         while (scarce() && tile_width > sub_columns) tile_width = round_up(tile_width / 2, sub_columns);
     }
@@ -292,8 +286,9 @@ struct Plan {
     void choose_panels(double density, Int element) {
         const Int taps = Int(vertical.taps.size() * horizontal.taps.size());
         const Int footprint = Slots(vertical, sub_rows).size() * Slots(horizontal, sub_columns).size() * N * element;
-        const double entries = 6;  // per row, or loading and storing the tile costs more than the first-level cache saves
-        Int most = std::max<Int>(level1_bytes / footprint, Int(entries / std::max(1e-9, density * double(taps) / double(phases()))));
+        // With few connections per row, loading and storing the tile costs more than the first-level cache saves.
+        const double per_channel = std::max(1e-9, density * double(taps) / double(phases()));
+        Int most = std::max(level1_bytes / footprint, Int(6 / per_channel));
         most = std::max<Int>(1, std::min(most, level2_bytes / (plane() * N * element)));
         const auto add = [&](Int begin, Int end, bool opens) {
             const Int first = begin / group_channels(), last = (end - 1) / group_channels() + 1;
@@ -514,7 +509,9 @@ struct Program {
     // all connections of a row are in the same part. make() gives the step.
     template <class Visit>
     Program(const Plan<N>& plan, int threads, Int count, Visit&& visit)
-        : plan(plan), begins(std::size_t(plan.phases() * Int(plan.panels.size()) * plan.rows) + 1), steps(new E[std::size_t(count)]) {
+        : plan(plan),
+          begins(std::size_t(plan.phases() * Int(plan.panels.size()) * plan.rows) + 1),
+          steps(new E[std::size_t(count)]) {
         const int parts = count < 4096 ? 1 : threads;
         const Int phases = plan.phases(), panels = Int(plan.panels.size());
         // Counters lie by row, because connections come by row.
@@ -536,7 +533,9 @@ struct Program {
         }
         begins.back() = sum;
         parallel(parts, [&](int part) {
-            visit(part, parts, [&](Int phase, Int panel, Int row, auto&& make) { steps[counter(phase, panel, row)++] = make(); });
+            visit(part, parts, [&](Int phase, Int panel, Int row, auto&& make) {
+                steps[std::size_t(counter(phase, panel, row)++)] = make();
+            });
         });
     }
 
@@ -576,12 +575,18 @@ inline void accumulate(const Step<A>* steps, const std::int64_t* begins, Int fir
     }
 }
 
+// Where there are too few blocks to occupy all threads, each is done in several shares of its rows.
+inline Int shares_of_rows(Int blocks, int threads, Int rows) {
+    return blocks == 0 || blocks >= 2 * threads ? 1 : std::min(divide_up(2 * threads, blocks), rows);
+}
+
 // The forward product and the input gradient: `target` is fully written.
 template <class S, class D, int N>
-void convolve(const Plan<N>& plan, const Program<Step<Sum<S>>, N>& program, int threads, const S* source, const Sum<S>* bias, D* target) {
+void convolve(const Plan<N>& plan, const Program<Step<Sum<S>>, N>& program, int threads, const S* source, const Sum<S>* bias,
+              D* target) {
     using A = Sum<S>;
     const Int blocks = plan.blocks();
-    const Int shares = blocks >= 2 * threads ? 1 : std::min<Int>(divide_up(2 * threads, std::max<Int>(blocks, 1)), plan.group_rows());
+    const Int shares = shares_of_rows(blocks, threads, plan.rows);
     const Int tasks = blocks * shares;
     std::atomic<Int> next{0};
     parallel(int(std::min<Int>(threads, std::max<Int>(tasks, 1))), [&](int) {
@@ -632,12 +637,13 @@ inline Geometry unrolled(Geometry g) {
 
 template <int N>
 Plan<N> forward_plan(const Geometry& g, Int count, Int element) {
-    return Plan<N>(Axis::forward(g.height, g.output_height(), g.kernel_height, g.stride_height, g.padding_height, g.dilation_height),
-                   Axis::forward(g.width, g.output_width(), g.kernel_width, g.stride_width, g.padding_width, g.dilation_width),
-                   g.images, g.channels, g.filters, g.groups, double(count) / double(g.filters * g.columns()), element);
+    const double density = double(count) / double(g.filters * g.columns());
+    auto vertical = Axis::forward(g.height, g.output_height(), g.kernel_height, g.stride_height, g.padding_height, g.dilation_height);
+    auto horizontal = Axis::forward(g.width, g.output_width(), g.kernel_width, g.stride_width, g.padding_width, g.dilation_width);
+    return Plan<N>(std::move(vertical), std::move(horizontal), g.images, g.channels, g.filters, g.groups, density, element);
 }
 
-// Calls f(phase, panel, row, make) for the connections of rows that belong to `part`; make(offset, j) becomes the step of connection j.
+// Visits the connections by row, for a Program; make(offset, j) becomes the step of connection j.
 template <int N, class I, class Make>
 auto by_row(const Geometry& g, const Plan<N>& plan, const std::int64_t* starts, const I* columns, Make make) {
     // Of a column, relative to the group's first channel; panels of a group are panels of the first one, moved.
@@ -662,7 +668,8 @@ auto by_row(const Geometry& g, const Plan<N>& plan, const std::int64_t* starts, 
 }
 
 template <class T, class I>
-void forward(int threads, const Geometry& geometry, const std::int64_t* starts, const I* columns, const T* values, const T* x, const T* bias, T* y) {
+void forward(int threads, const Geometry& geometry, const std::int64_t* starts, const I* columns, const T* values, const T* x,
+             const T* bias, T* y) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
@@ -679,15 +686,16 @@ void forward(int threads, const Geometry& geometry, const std::int64_t* starts, 
 }
 
 template <class T, class I>
-void input_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* rows, const I* order, const T* values,
-                    const T* dy, T* dx) {
+void input_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* rows, const I* order,
+                    const T* values, const T* dy, T* dx) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
     const Int count = starts[g.columns()];
-    const Plan<N> plan(Axis::backward(g.output_height(), g.height, g.kernel_height, g.stride_height, g.padding_height, g.dilation_height),
-                       Axis::backward(g.output_width(), g.width, g.kernel_width, g.stride_width, g.padding_width, g.dilation_width),
-                       g.images, g.filters, g.channels, g.groups, double(count) / double(g.filters * g.columns()), sizeof(A));
+    const double density = double(count) / double(g.filters * g.columns());
+    auto vertical = Axis::backward(g.output_height(), g.height, g.kernel_height, g.stride_height, g.padding_height, g.dilation_height);
+    auto horizontal = Axis::backward(g.output_width(), g.width, g.kernel_width, g.stride_width, g.padding_width, g.dilation_width);
+    const Plan<N> plan(std::move(vertical), std::move(horizontal), g.images, g.filters, g.channels, g.groups, density, sizeof(A));
     const Offsets<N> offsets(plan, g.kernel_height, g.kernel_width);
     const auto visit = [&](int part, int parts, auto&& f) {
         const Int channels = g.group_channels();
@@ -710,7 +718,8 @@ void input_gradient(int threads, const Geometry& geometry, const std::int64_t* s
 
 // The sums over lanes of Count dot products of a register tile, repeated in all lanes: lane k holds number k % Count.
 template <class A, int N, int First, int Count>
-inline __attribute__((always_inline)) Vector<A, N> dots(const Vector<A, N>* tile, const Offset* steps, const A* packed, Int stride) {
+inline __attribute__((always_inline)) Vector<A, N> dots(const Vector<A, N>* tile, const Offset* steps, const A* packed,
+                                                        Int stride) {
     using V = Vector<A, N>;
     if constexpr (Count == 1) {
         const A* x = packed + steps[First].offset;
@@ -727,27 +736,29 @@ inline __attribute__((always_inline)) Vector<A, N> dots(const Vector<A, N>* tile
     } else {
         V a = dots<A, N, First, Count / 2>(tile, steps, packed, stride);
         V b = dots<A, N, First + Count / 2, Count / 2>(tile, steps, packed, stride);
-        exchange<Count / 2, N>(a, b, std::make_index_sequence<N>());
+        exchange<Count / 2>(a, b, std::make_integer_sequence<int, N>());
         return a + b;
     }
 }
 
-template <int H, int N, class V, std::size_t... K>
-inline V fold(V a, std::index_sequence<K...>) {
-    return a + __builtin_shufflevector(a, a, (K ^ H)...);
+// Lane k of the result holds the sum of all lanes that equal k modulo Count.
+template <int H, int Count, class V, int... K>
+inline void add_halves(V& a, std::integer_sequence<int, K...> lane) {
+    if constexpr (H >= Count) {
+        a += shuffle(a, a, std::integer_sequence<int, (K ^ H)...>());
+        add_halves<H / 2, Count>(a, lane);
+    }
 }
 
 template <class A, int N, int Count>
-inline __attribute__((always_inline)) void add_dots(const Vector<A, N>* tile, const Offset* steps, const A* packed, Int stride, A* sums) {
+inline __attribute__((always_inline)) void add_dots(const Vector<A, N>* tile, const Offset* steps, const A* packed, Int stride,
+                                                    A* sums) {
     auto dot = dots<A, N, 0, Count>(tile, steps, packed, stride);
-    if constexpr (Count <= N / 2) dot = fold<N / 2, N>(dot, std::make_index_sequence<N>());
-    if constexpr (Count <= N / 4) dot = fold<N / 4, N>(dot, std::make_index_sequence<N>());
-    if constexpr (Count <= N / 8) dot = fold<N / 8, N>(dot, std::make_index_sequence<N>());
-    if constexpr (Count <= N / 16) dot = fold<N / 16, N>(dot, std::make_index_sequence<N>());
+    add_halves<N / 2, Count>(dot, std::make_integer_sequence<int, N>());
     for (int k = 0; k < Count; ++k) sums[k] += dot[k];
 }
 
-// Rows [first, last) of one register tile, from one panel: adds to sums[places[row] + ...] what this tile and its gradients give.
+// Rows [first, last) of one register tile, from one panel: adds what it gives to sums[places[row]] and those behind.
 template <class A, int N>
 inline void correlate(const Offset* steps, const std::int64_t* begins, const std::int64_t* places, Int first, Int last,
                       const A* packed, Int stride, const A* gradients, A* sums) {
@@ -767,13 +778,15 @@ inline void correlate(const Offset* steps, const std::int64_t* begins, const std
 }
 
 template <class T, class I>
-void value_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* columns, const T* x, const T* dy, T* dvalues) {
+void value_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* columns, const T* x, const T* dy,
+                    T* dvalues) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
     const Int count = starts[g.filters];
     const auto plan = forward_plan<N>(g, count, sizeof(A));
-    const Program<Offset, N> program(plan, threads, count, by_row(g, plan, starts, columns, [](std::int32_t offset, Int) { return Offset{offset}; }));
+    const auto only_offset = [](std::int32_t offset, Int) { return Offset{offset}; };
+    const Program<Offset, N> program(plan, threads, count, by_row(g, plan, starts, columns, only_offset));
     // Within a row, panels ascend as its columns do.
     std::vector<std::int64_t> places(program.begins.size() - 1);
     for (Int row = 0; row < plan.rows; ++row) {
@@ -787,7 +800,7 @@ void value_gradient(int threads, const Geometry& geometry, const std::int64_t* s
     // Each run of blocks is summed by itself, then added to the total in order, whichever thread had it: no result depends on
     // the number of threads.
     const Int blocks = plan.blocks(), runs = std::min<Int>(blocks, 32);
-    const Int shares = runs >= 2 * threads ? 1 : std::min<Int>(divide_up(2 * threads, std::max<Int>(runs, 1)), plan.rows);
+    const Int shares = shares_of_rows(runs, threads, plan.rows);
     const int parts = int(std::min<Int>(threads, std::max<Int>(runs * shares, 1)));
     const std::unique_ptr<A[]> sums(new A[std::size_t((parts + 1) * count)]);
     A* const total = sums.get() + parts * count;

@@ -223,15 +223,22 @@ def test_instruction_set_is_the_one_named() -> None:
     assert native.isa() == os.environ.get("REGROW_ISA", native.isa())
 
 
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    """The same tests in a process that was told which instruction set to use."""
-    if "REGROW_ISA" in os.environ:
-        pytest.skip("this is that process")
-    if isa == native.isa():
-        return
+@pytest.fixture(scope="module")
+def others() -> dict[str, subprocess.Popen[str]]:
+    """The same tests at once in processes that were told other instruction sets."""
     command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-    tested = subprocess.run(command, env={**os.environ, "REGROW_ISA": isa}, capture_output=True, text=True, check=False)
-    if "lacks REGROW_ISA" in tested.stdout or "names no instruction set" in tested.stdout:
+    return {
+        isa: subprocess.Popen(command, env={**os.environ, "REGROW_ISA": isa}, stdout=subprocess.PIPE, text=True)
+        for isa in ("plain", "avx2", "avx512")
+        if isa != native.isa() and "REGROW_ISA" not in os.environ
+    }
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(isa: str, others: dict[str, subprocess.Popen[str]]) -> None:
+    if isa not in others:
+        pytest.skip("this process has it, or was told another")
+    output, _ = others[isa].communicate()
+    if "lacks REGROW_ISA" in output or "names no instruction set" in output:
         pytest.skip(f"not on this processor: {isa}")
-    assert tested.returncode == 0, tested.stdout
+    assert others[isa].returncode == 0, output
