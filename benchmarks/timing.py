@@ -164,7 +164,7 @@ def report(name: str, parts: Sequence[str], save: bool, kept: bool = False) -> N
 def keep_memory() -> bool:
     """Have glibc keep what is freed; whether that could be done.
 
-    A fresh dense gradient of a 4096 x 4096 weight costs 14 ms of page faults where memory goes back to the system
+    A fresh dense gradient of a 4096 x 4096 weight can cost 14 ms of page faults where memory goes back to the system
     each step, which is glibc's default at that size, and which sparse gradients are too small to meet. Kept memory
     is the comparison that favours dense.
     """
@@ -312,7 +312,7 @@ def prepare(
 
 def label(name: str, density: float) -> str:
     """A candidate's name in tables."""
-    return name if density == 1 else f"{name}, {density:.0%}"
+    return name if density == 1 else f"{name}, {100 * density:g} %"
 
 
 def inference(layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
