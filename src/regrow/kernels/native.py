@@ -60,15 +60,6 @@ def transpose_index(starts: Tensor, columns: Tensor, cols: int) -> tuple[Tensor,
     return t_starts, t_rows, order
 
 
-def feature_major(x: Tensor, out: Tensor) -> None:
-    """Write x (batch, features), contiguous, to out (features, batch), contiguous."""
-    assert _native is not None
-    batch, features = x.shape
-    _native.transpose(
-        _DTYPES[x.dtype], torch.get_num_threads(), batch, features, x.data_ptr(), features, out.data_ptr(), batch
-    )
-
-
 def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, transposed: bool, out: Tensor) -> None:
     """out (batch, rows) = x (batch, cols) W^T + bias; with `transposed`, out (batch, cols) = x (batch, rows) W."""
     assert _native is not None

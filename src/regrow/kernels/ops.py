@@ -120,14 +120,6 @@ def _empty(x: Tensor, features: int, feature_major: bool) -> Tensor:
     return x.new_empty(features, batch).t() if feature_major else x.new_empty(batch, features)
 
 
-def _feature_major(x: Tensor) -> Tensor:
-    """x (batch, features) with the batch contiguous."""
-    if x.t().is_contiguous():
-        return x
-    y: Tensor = _transpose(x.contiguous())
-    return y.t()
-
-
 def sampled(operands: activations.Operands, index: Index) -> Tensor:
     """The gradient of a weight at the entries of `index`, (nnz,), from what one product left behind."""
     x, dy, geometry = operands
@@ -136,24 +128,6 @@ def sampled(operands: activations.Operands, index: Index) -> Tensor:
     else:
         found = _conv_value_gradient(x, dy, *index, geometry.ints, index.nnz, 0)
     return found
-
-
-@torch.library.custom_op("regrow::transpose", mutates_args=())
-def _transpose(x: Tensor) -> Tensor:
-    out = x.new_empty(x.shape[1], x.shape[0])
-    if native.runs_on(x):
-        native.feature_major(x, out)
-    else:
-        out.copy_(x.t())
-    return out
-
-
-@_transpose.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], x.shape[0])
-
-
-_transpose.register_autograd(lambda context, grad: _transpose(grad.contiguous()), setup_context=lambda *a, **k: None)
 
 
 @torch.library.custom_op("regrow::spmm", mutates_args=())
@@ -203,7 +177,7 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, *at = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dx = dvalues = None
-    dy = _feature_major(grad)
+    dy = _flat(grad)
     if need_x:
         # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
         dx = _spmm(dy, values, None, *at, not ctx.transposed, _is_feature_major(x), 0)
