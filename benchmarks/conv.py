@@ -19,8 +19,10 @@ from timing import Candidate, Operation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regrow.app.peers import peers
+from regrow.nn.base import nonzero
+
 IMAGES = 64
-WIDE = 32  # from this width on SparseProp's README has its kernels go along the width
 
 
 def dense(channels: int, density: float) -> nn.Module:
@@ -29,15 +31,13 @@ def dense(channels: int, density: float) -> nn.Module:
 
 
 def sparseprop(channels: int, width: int, density: float) -> nn.Module:
-    """SparseProp's layer, made from a sparse `nn.Conv2d` as its README does."""
-    from sparseprop.modules import SparseConv2d
-
+    """SparseProp's layer around a weight of ours."""
     layer = dense(channels, density)
     weight = torch.zeros(layer.weight.numel())
     active = torch.randperm(len(weight))[: round(density * len(weight))]
     weight[active] = torch.randn(len(active)) / (9 * density * channels) ** 0.5
     layer.weight.data = weight.view_as(layer.weight)
-    return SparseConv2d.from_dense(layer, vectorizing_over_on=width >= WIDE)
+    return peers(layer, width)["SparseProp"](layer, {"weight": nonzero(layer.weight)})
 
 
 def ours(channels: int, density: float) -> nn.Module:

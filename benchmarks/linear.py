@@ -15,16 +15,18 @@ from functools import partial
 from typing import Any
 
 import click
-import numpy as np
 import timing
 import torch
 from timing import Candidate, Operation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regrow.app.peers import sparselab, sparseprop
+from regrow.measure import CSRLinear, Maker, torch_sparse
+from regrow.nn.base import nonzero
+
 SIZE = 4096
 
-torch.sparse.check_sparse_tensor_invariants.disable()
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 
@@ -74,57 +76,6 @@ class OneDNNLinear(nn.Linear):
         return OneDNN.apply(x, self.weight)
 
 
-class CSR(torch.autograd.Function):
-    """A linear layer's three products, each through the fastest that torch.sparse has for it.
-
-    Torch's own backward of a CSR product transposes the weight anew, or multiplies with a CSC one, each time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, layer: CSRLinear) -> Tensor:
-        """Outputs."""
-        x_columns = x.t().contiguous()
-        ctx.save_for_backward(x, values)
-        ctx.layer = layer
-        return (layer.matrix(values) @ x_columns).t()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of inputs and values."""
-        x, values = ctx.saved_tensors
-        dy_columns = dy.t().contiguous()
-        dx = (ctx.layer.transposed(values) @ dy_columns).t()
-        pattern = ctx.layer.matrix(values)
-        return dx, torch.sparse.sampled_addmm(pattern, dy_columns, x, beta=0.0).values(), None
-
-
-class CSRLinear(nn.Module):
-    """torch.sparse at its best: CSR of the weight and of its transpose."""
-
-    def __init__(self, density: float) -> None:
-        super().__init__()
-        weight = random_weight(density).to_sparse_csr()
-        places = torch.arange(1.0, weight.values().numel() + 1, dtype=torch.float64)
-        numbered = torch.sparse_csr_tensor(weight.crow_indices(), weight.col_indices(), places, weight.shape)
-        turned = numbered.to_dense().t().contiguous().to_sparse_csr()
-        self.index = weight.crow_indices(), weight.col_indices()
-        self.turned = turned.crow_indices(), turned.col_indices()
-        self.order = turned.values().long() - 1
-        self.values = nn.Parameter(weight.values())
-
-    def matrix(self, values: Tensor) -> Tensor:
-        """The weight."""
-        return torch.sparse_csr_tensor(*self.index, values, (SIZE, SIZE))
-
-    def transposed(self, values: Tensor) -> Tensor:
-        """Its transpose."""
-        return torch.sparse_csr_tensor(*self.turned, values[self.order], (SIZE, SIZE))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs."""
-        return CSR.apply(x, self.values, self)
-
-
 class AutogradCSRLinear(CSRLinear):
     """torch.sparse as its documentation writes it, with its own backward."""
 
@@ -133,23 +84,11 @@ class AutogradCSRLinear(CSRLinear):
         return torch.sparse.mm(self.matrix(self.values), x.t()).t()
 
 
-def sparselab(density: float) -> nn.Module:
-    """SparseLab's layer around a weight of ours, set as its constructor sets its own."""
-    from sparselab import PaddedCSR, SparseLinear
-
-    layer = SparseLinear(SIZE, SIZE, bias=False, sparsity=1 - density)
-    layer._csr = PaddedCSR.from_dense(random_weight(density))
-    layer._values = nn.Parameter(torch.from_numpy(np.asarray(layer._csr.values)))
-    return layer
-
-
-def sparseprop(density: float) -> nn.Module:
-    """SparseProp's layer, made from a sparse `nn.Linear` as its README does."""
-    from sparseprop.modules import SparseLinear
-
-    layer = nn.Linear(SIZE, SIZE, bias=False)
+def sparse(make: Maker, density: float) -> nn.Module:
+    """What `make` makes of a weight of ours."""
+    layer = dense(density)
     layer.weight.data = random_weight(density)
-    return SparseLinear.from_dense(layer)
+    return make(layer, {"weight": nonzero(layer.weight)})
 
 
 def ours(density: float) -> nn.Module:
@@ -165,10 +104,12 @@ DENSE = {
     "bfloat16": Candidate(lambda density: dense(density).bfloat16(), torch.Tensor.bfloat16, 1e-2),
 }
 SPARSE = {
-    "torch.sparse, its own backward": Candidate(AutogradCSRLinear),
-    "torch.sparse, by hand": Candidate(CSRLinear),
-    "SparseLab": Candidate(sparselab),
-    "SparseProp": Candidate(sparseprop),
+    "torch.sparse, its own backward": Candidate(
+        partial(sparse, lambda layer, at: AutogradCSRLinear(layer.weight, at["weight"]))
+    ),
+    "torch.sparse, by hand": Candidate(partial(sparse, torch_sparse)),
+    "SparseLab": Candidate(partial(sparse, sparselab)),
+    "SparseProp": Candidate(partial(sparse, sparseprop)),
     "regrow": Candidate(ours),
 }
 REFERENCES = ["oneDNN", "nn.Linear"]

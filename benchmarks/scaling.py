@@ -13,6 +13,18 @@ from timing import RESULTS, interleave, training
 
 from regrow.nn import SparseLinear
 
+WHY = """Where it bends, and why.
+
+* Connections: below some 200,000 the four tensors of activations, brought from batch-major into tiles and back, cost
+  more than the products; that part does not depend on the connections.
+* Batch: below 64 the tile of sums that a walk along a row fills is narrower, and reading the index and the values, one
+  of each per connection whatever the batch, takes a larger share.
+* Width: a connection reads one row of activations at random. Up to a width of 4,096 a tile of them stays in the
+  second-level cache; beyond it comes from the third level, and from 16,384 on, where the tensors together exceed that
+  too, from memory. Time then follows connections times the cost of a random access: twice the width, up to 3.3 times
+  the time.
+"""
+
 Case = tuple[int, int, float]
 """(width, batch, density)"""
 
@@ -59,7 +71,7 @@ def main(rounds: int, save: bool, keep_memory: bool) -> None:
     if save:
         figure.savefig(RESULTS / "scaling.png", dpi=150)
     head = "Linear layers, forward and both gradients, batch-major tensors, float32; each row doubles the work."
-    timing.report("scaling", [head, *parts], save, kept)
+    timing.report("scaling", [head, *parts, WHY], save, kept)
 
 
 if __name__ == "__main__":
