@@ -17,10 +17,10 @@ FLOORS = [
     {"topology"},
     {"weight", "validation", "table", "kernels"},
     {"method", "nn"},
-    {"scores", "drops", "growth", "allocation", "schedules", "observers", "redistribution", "storage"},
+    {"scores", "drops", "growth", "allocation", "schedules", "observers", "redistribution", "storage", "measure"},
     {"updates", "starts"},
     {"methods"},
-    {"discovery", "gradients", "registry", "storages", "sparsifier"},
+    {"discovery", "gradients", "registry", "storages", "auto", "sparsifier"},
     {"files", "metrics"},
     {"app", "__main__"},
 ]

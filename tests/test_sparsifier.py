@@ -1093,8 +1093,8 @@ def test_the_table_shows_every_layer():
     train(model, opt, 1)
     lines = repr(sparsifier).splitlines()
     assert lines[0] == "rigl: 50.0000% of 60 entries active, step 1, 0 updates"
-    assert lines[1].split() == ["layer", "shape", "density", "active", "explored"]
-    assert lines[2].split() == ["0.weight", "10", "x", "6", "0.5000", "30", "0.500"]
+    assert lines[1].split() == ["layer", "shape", "density", "active", "storage", "explored"]
+    assert lines[2].split() == ["0.weight", "10", "x", "6", "0.5000", "30", "masked", "0.500"]
     assert lines[3].split() == ["2.weight", "4", "x", "10", "1", "40", "skipped"]
     assert (sparsifier.nnz, sparsifier.numel, sparsifier.density, sparsifier.explored) == (30, 60, 0.5, 0.5)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow import registry
+from regrow.auto import Calls, contenders, faster
 from regrow.discovery import Excluded, Selector, find
 from regrow.gradients import Loss, mean_gradient
 from regrow.method import Method, Need
@@ -25,7 +26,17 @@ from regrow.optimizers import (
     with_closure,
 )
 from regrow.starts import scale_to_fan_in
-from regrow.storages import Storage, leave_meta_device, quarter_of_free_memory, require_sparse, stored
+from regrow.storages import (
+    Choice,
+    Storage,
+    assign,
+    leave_meta_device,
+    on_meta_device,
+    quarter_of_free_memory,
+    require_sparse,
+    storage_of,
+    stored,
+)
 from regrow.streams import Stream
 from regrow.table import table
 from regrow.topology import Topology
@@ -33,7 +44,7 @@ from regrow.validation import require_choice
 from regrow.weight import StoredParameter, Weights
 
 STATE_VERSION = 1
-STATE_KEYS = ("version", "step", "updates", "started", "seed", "shapes", "method", "topologies", "state")
+STATE_KEYS = ("version", "step", "updates", "started", "seed", "shapes", "method", "storages", "topologies", "state")
 """What a state dict of a `Sparsifier` holds."""
 
 
@@ -42,7 +53,8 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     optimizer: Optimizer | Sequence[Optimizer],
     method: Method,
     *,
-    storage: Storage = "masked",
+    storage: Choice = "masked",
+    example: Any = None,
     skip: Selector | Sequence[Selector] = (),
     only: Selector | Sequence[Selector] | None = None,
     budget: Literal["sparsified", "model"] = "sparsified",
@@ -63,7 +75,12 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
         method: a recipe of `regrow.methods`, or one composed of the same parts.
         storage: "masked" keeps dense tensors that are zero outside their topology. "compressed" holds active values
             only and runs on sparse kernels; the model's modules take their sparse form in place, and a model built
-            under `torch.device("meta")` never has a dense one.
+            under `torch.device("meta")` never has a dense one. "auto" takes for each layer whichever runs a training
+            step faster on this machine, at the layer's own topology, and says so in the log `regrow`; on the meta
+            device it is compressed. A dict, name or glob -> storage, decides layer by layer, masked where none fits:
+            with `state_dict()["storages"]` a resumed run repeats what "auto" picked.
+        example: what "auto" measures with: an input of the model with the batch of training, a tensor, or a tuple or
+            dict of the model's arguments. The model runs on it once, without gradients, and is left as it was.
         skip: what stays dense: parameter or module names, globs, module types, or predicates of (name, module).
         only: what is sparsified at all; None means every weight of a known type.
         budget: "sparsified": the density holds among the sparsified weights. "model": among these and the weights
@@ -83,7 +100,7 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
 
     Raises:
         ValueError: nothing to sparsify, an infeasible budget, a weight in none or in two of the optimizers, an
-            option that does not apply, a weight or optimizer that another sparsifier works on.
+            option that does not apply or is missing, a weight or optimizer that another sparsifier works on.
         TypeError: a method or an optimizer that is none.
 
     Examples:
@@ -96,26 +113,43 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a Method such as methods.static(density=0.1), got {method!r}")
-    require_choice("sparsify", "storage", storage, ("masked", "compressed"))
     require_choice("sparsify", "init", init, ("module", "fan_in"))
     require_choice("sparsify", "budget", budget, ("sparsified", "model"))
+    _require_example_for_auto(storage, example)
     optimizers = _as_list(optimizer)
     found, excluded = find(model, skip, only)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
     registry.require_free({id(f.parameter): f.name for f in found}, optimizers)
     owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
-    if storage == "compressed" and not allow_dense:
-        require_sparse(method, found, batches is not None)
+    has_batches, inputs = batches is not None, None
+    if storage == "auto" and not on_meta_device(model):
+        storages, inputs = contenders(
+            model, example, found, owners, method, has_batches=has_batches, allow_dense=allow_dense
+        )
+    else:
+        storages = assign("compressed" if storage == "auto" else storage, found)
+    if not allow_dense:
+        require_sparse(method, [f for f, s in zip(found, storages, strict=True) if s == "compressed"], has_batches)
     with torch.no_grad():
         limit = quarter_of_free_memory() if update_memory is None else update_memory
-        parameters = stored(found, owners, storage, limit)
+        parameters = stored(found, owners, storages, limit)
         sparsifier = Sparsifier(model, optimizers, method, parameters, excluded, outside, seed)
         try:
-            sparsifier._begin(batches, loss, init)
+            sparsifier._begin(batches, loss, init, inputs)
         except BaseException:
             sparsifier.remove()
             raise
     return sparsifier
+
+
+def _require_example_for_auto(storage: Choice, example: Any) -> None:
+    if storage == "auto" and example is None:
+        raise ValueError(
+            'storage="auto" measures the layers on an input of the model: give one of the batch size of training as '
+            "example="
+        )
+    if storage != "auto" and example is not None:
+        raise ValueError(f'example= is what storage="auto" measures with, and storage is {storage!r}: leave it out')
 
 
 def _as_list(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -144,7 +178,7 @@ class Sparsifier:
         self.model = model
         self.optimizers = list(optimizers)
         self.method = method
-        self.weights = Weights(tuple(w for p in parameters for w in p.weights), outside, outside)
+        self._outside = outside
         self.excluded = list(excluded)
         self.seed = seed
         self.step = 0
@@ -153,7 +187,7 @@ class Sparsifier:
         """Topology updates so far."""
         self.started = False
         """Whether the first topologies are made; until then the model is not yet sparse."""
-        self._parameters = list(parameters)
+        self._hold(parameters)
         self.names = {id(p.parameter): p.weights[0].name for p in self._parameters}
         """Sparsified parameters: id -> name."""
         self._stepped: set[int] = set()
@@ -168,6 +202,11 @@ class Sparsifier:
             self._handles.append(optimizer.register_step_post_hook(self._after))
             self._handles.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         registry.add(self)
+
+    def _hold(self, parameters: Sequence[StoredParameter]) -> None:
+        self._parameters = list(parameters)
+        items = tuple(w for p in self._parameters for w in p.weights)
+        self.weights = Weights(items, self._outside, self._outside)
 
     @property
     def nnz(self) -> int:
@@ -188,6 +227,11 @@ class Sparsifier:
     def topologies(self) -> dict[str, Topology]:
         """The topology of each sparsified weight by canonical name; blocks of packed weights end in [0], [1], ..."""
         return {w.name: w.topology for w in self.weights}
+
+    @property
+    def storages(self) -> dict[str, Storage]:
+        """How the values of each sparsified weight are held, by canonical name."""
+        return {w.name: storage_of(p) for p in self._parameters for w in p.weights}
 
     @property
     def explored(self) -> float | None:
@@ -224,7 +268,8 @@ class Sparsifier:
         self._handles.clear()
         registry.discard(self)
 
-    def _begin(self, batches: Iterable[Any] | None, loss: Loss | None, init: Init) -> None:
+    def _begin(self, batches: Iterable[Any] | None, loss: Loss | None, init: Init, inputs: Calls | None) -> None:
+        """Make the first topologies, choose storages where there are `inputs` to race with, and become sparse."""
         needs_gradient = self.method.start.needs_gradient
         if (batches is None) != (loss is None):
             raise ValueError("batches= and loss= belong together: give both or neither")
@@ -238,6 +283,8 @@ class Sparsifier:
                 self._start()
         elif not needs_gradient:
             self._start()
+        if inputs is not None:
+            self._hold(faster(self._parameters, inputs))
         for parameter in self._parameters:
             parameter.require_free()
         for parameter in self._parameters:
@@ -439,6 +486,7 @@ class Sparsifier:
             "seed": self.seed,
             "shapes": {w.name: list(w.shape) for w in self.weights},
             "method": self.method.name,
+            "storages": self.storages,
             "topologies": {w.name: None if (at := w.topology.positions) is None else at.cpu() for w in self.weights},
             "state": {w.name: {key: value.cpu() for key, value in w.state.items()} for w in self.weights if w.state},
         }
@@ -464,6 +512,15 @@ class Sparsifier:
                 f"this sparsifier state is of another model: {len(differing)} weights differ in name or shape "
                 f"({', '.join(differing[:3])}); sparsify the same model with the same skip= and only= first"
             )
+        storages = self.storages
+        others = [name for name, storage in storages.items() if state["storages"].get(name) != storage]
+        if others:
+            name = others[0]
+            raise ValueError(
+                f"this sparsifier state has {len(others)} of {len(storages)} weights in another storage ({name}: "
+                f'{state["storages"].get(name)} there, {storages[name]} here): pass its "storages" as storage= to '
+                "regrow.sparsify"
+            )
         if set(state["topologies"]) != set(shapes):
             raise ValueError(
                 f"this sparsifier state has {len(state['topologies'])} topologies for {len(shapes)} weights"
@@ -486,14 +543,15 @@ class Sparsifier:
     def __repr__(self) -> str:
         state = f"{self.density:.4%} of {self.numel:,} entries active" if self.started else "not yet sparse"
         head = f"{self.method.name}: {state}, step {self.step:,}, {self.updates:,} updates"
-        rows = []
+        rows, storages = [], self.storages
         for weight in self.weights:
             explored = weight.state.get("explored")
             rate = "" if explored is None else f"{float(explored.double().mean()):.3f}"
             t = weight.topology
-            rows.append([weight.name, _shape(weight.shape), f"{t.density:.4f}", f"{t.nnz:,}", rate])
-        rows += [[e.name, _shape(e.shape), "1", f"{e.numel:,}", e.reason] for e in self.excluded]
-        return head + "\n" + table(["layer", "shape", "density", "active", "explored"], rows)
+            counts = [f"{t.density:.4f}", f"{t.nnz:,}"]
+            rows.append([weight.name, _shape(weight.shape), *counts, storages[weight.name], rate])
+        rows += [[e.name, _shape(e.shape), "1", f"{e.numel:,}", "", e.reason] for e in self.excluded]
+        return head + "\n" + table(["layer", "shape", "density", "active", "storage", "explored"], rows)
 
 
 def _shape(shape: Sequence[int]) -> str:

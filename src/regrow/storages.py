@@ -137,6 +137,11 @@ def quarter_of_free_memory() -> int:
     return free // 4
 
 
+def on_meta_device(model: nn.Module) -> bool:
+    """Whether a part of the model lies on the meta device."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
 def leave_meta_device(model: nn.Module, seed: int) -> None:
     """Give what is left of a model on the meta device real memory, as its modules initialize it.
 

@@ -1,4 +1,4 @@
-"""The command line: `regrow train`, `regrow compare`, `regrow methods`."""
+"""The command line: `regrow train`, `regrow compare`, `regrow bench`, `regrow methods`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from regrow import __version__
+from regrow.app import bench as benchmark
 from regrow.app import compare as comparison
 from regrow.app import folder
 from regrow.app.config import Config
-from regrow.app.models import MODELS
+from regrow.app.models import MODELS, Shape, build
 from regrow.app.vocabulary import RECIPES, known_options, options, paper, summary
 from regrow.storages import Storage
 
@@ -262,6 +264,52 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
     _console.print(f"runs, table and picture are in {out}", highlight=False, soft_wrap=True)
 
 
+@cli.command()
+@click.option("--model", type=click.Choice(list(MODELS)), help="All layers of a network.")
+@click.option("--shape", help="Of the network's images, as 3x32x32; the default depends on the network.")
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    help="One layer by its weight: 300x784 (out x in), conv:64x32x3x3@16x16 (out x in x kernel @ image); may be "
+    "repeated.",
+)
+@click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Examples per step.")
+@click.option(
+    "--densities",
+    default=",".join(f"{density:g}" for density in benchmark.DENSITIES),
+    show_default=True,
+    help="Separated by commas.",
+)
+@click.option("--peers", is_flag=True, help="Also time SparseLab and SparseProp, where they are installed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
+def bench(
+    model: str | None,
+    shape: str | None,
+    layers: tuple[str, ...],
+    batch: int,
+    densities: str,
+    peers: bool,
+    as_json: bool,
+    threads: int | None,
+) -> None:
+    """Time layers on this machine, dense and sparse, and say from which density on sparse ones win."""
+    if (model is None) == (not layers):
+        raise ValueError(f"give --model or --layer, {'not both' if layers else 'one of the two'}")
+    if shape is not None and model is None:
+        raise ValueError("--shape is of a network's images: give --model too, or leave it out")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    shares = _numbers(densities)
+    if model is None:
+        report = benchmark.bench_layers(layers, batch, shares, peers=peers)
+    else:
+        size = _image_shape(shape or ("3x32x32" if model == "wrn-22-2" else "1x28x28"))
+        report = benchmark.bench(build(model, size, 10), torch.randn(batch, *size), shares, peers=peers)
+    click.echo(report.to_json() if as_json else str(report))
+
+
 @cli.command("methods")
 def list_methods() -> None:
     """List the methods, each with its paper and its options."""
@@ -291,10 +339,21 @@ def _config(given: dict[str, Any], method: str) -> Config:
 def _densities(text: str | None, shared: Mapping[str, str]) -> list[float | None]:
     if text is None:
         return [None if _is_explicit(shared) else float(DENSITY)]
+    return list(_numbers(text))
+
+
+def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--densities takes numbers separated by commas, got {text!r}") from None
+
+
+def _image_shape(text: str) -> Shape:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ValueError(f"--shape takes channels x height x width such as 3x32x32, got {text!r}")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def _command() -> str:

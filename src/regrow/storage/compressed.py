@@ -74,8 +74,8 @@ class CompressedParameter:
         self.reached = False
         self._materialized = False
         self._keep_dense = False
-        self._holding = False
         self._keeper = kernels.Keeper(self._allow)
+        self._held: kernels.Keeper | None = None
         self._budget = allow
         self._passes: list[int] = []
         """Which backward pass each of the kept operands belongs to; 0 once that pass is in the gradient."""
@@ -102,18 +102,27 @@ class CompressedParameter:
     @property
     def holding(self) -> bool:
         """Whether what was kept outlives the next backward, for an update that is still to come."""
-        return self._holding
+        return self._held is not None
 
     @holding.setter
     def holding(self, value: bool) -> None:
-        self._holding = value
-        self._watch()
+        if not value:
+            self._held = None
+        elif self._held is None:
+            self._held = kernels.Keeper(self._allow)
+            self._held.kept, self._keeper.kept = self._keeper.kept, []
+            self._passes.clear()
+
+    @property
+    def _source(self) -> kernels.Keeper:
+        """Where growth reads: what is held for an update that is still to come, or else what was kept last."""
+        return self._keeper if self._held is None else self._held
 
     def _watch(self) -> None:
         """Show the keeper to the modules while it is to see their backward passes."""
         if self._materialized:
             for module, name in self._sparse():
-                if self._keep_dense and not self._holding:
+                if self._keep_dense:
                     module.keys[name] = self._keeper.key
                 else:
                     module.keys.pop(name, None)
@@ -243,7 +252,7 @@ class CompressedParameter:
         if grad is None:
             return
         self.fresh = self.reached = True
-        if self._holding or not self._keep_dense:
+        if not self._keep_dense:
             return
         now = torch._C._current_graph_task_id()
         self._passes[:] = [0 if key == now else key for key in self._passes]
@@ -259,7 +268,7 @@ class CompressedParameter:
 
     def settle(self) -> None:
         """Make what was kept agree with the parameter's gradient: as much clipped or unscaled, or forgotten."""
-        if self._holding:
+        if self.holding:
             return
         self._retain(lambda key: key == 0)
         grad = self.parameter.grad
@@ -267,10 +276,14 @@ class CompressedParameter:
             self._forget()
         if grad is None or not self.looked:
             return
+        self._factor = self._multiple(grad, self.whole)
+
+    def _multiple(self, grad: Tensor, topology: Topology) -> float:
+        """By what the gradient was clipped or unscaled since it was accumulated, with the topology that it has."""
         if self._largest is None:
-            self._largest = _largest(self._sampled(self.whole))
+            self._largest = _largest(self._sampled(topology, self._keeper))
         now = _largest(grad)
-        self._factor = now / self._largest if 0 < self._largest < math.inf and now < math.inf else 1.0
+        return now / self._largest if 0 < self._largest < math.inf and now < math.inf else 1.0
 
     def _forget(self) -> None:
         self._keeper.kept.clear()
@@ -282,9 +295,11 @@ class CompressedParameter:
         self.settle()
 
     def release(self) -> None:
-        """Forget what was kept."""
-        self._forget()
-        self.holding = False
+        """Forget what was kept; or only what was held, while that of the next step is there already."""
+        if self.holding:
+            self.holding = False
+        else:
+            self._forget()
         self._scale = 1.0
 
     def use_scale(self, scale: float) -> None:
@@ -294,12 +309,12 @@ class CompressedParameter:
     @property
     def kept_bytes(self) -> int:
         """Bytes of inputs and output gradients that are kept."""
-        return self._keeper.nbytes
+        return self._keeper.nbytes + (0 if self._held is None else self._held.nbytes)
 
     @property
     def looked(self) -> bool:
         """Whether there is a gradient at every position for growth to look at, if only from other ranks."""
-        return bool(self._keeper.kept) or (self._keep_dense and self._materialized and _ranks() > 1)
+        return bool(self._source.kept) or (_ranks() > 1 and self._materialized and (self._keep_dense or self.holding))
 
     def require_finite_gradient(self) -> None:
         """Raise ValueError when the gradient at the active entries is not finite; growth checks the others."""
@@ -337,21 +352,21 @@ class CompressedParameter:
                 "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
             )
         size = math.prod(self.shape[1:])
-        if self._keeper.kept:
-            rows = self._keeper.rows(low, high, size).view(-1)
+        if self._source.kept:
+            rows = self._source.rows(low, high, size).view(-1)
         else:
             rows = self.parameter.detach().new_zeros((high - low) * size)
         return self._mean(rows).mul_(self._factor / self._scale)
 
     def gradient_at(self, topology: Topology) -> Tensor:
         """The gradient at the entries of a topology of the whole parameter, (nnz,); the mean over ranks."""
-        return self._sampled(topology).mul_(self._factor / self._scale)
+        return self._sampled(topology, self._source).mul_(self._factor / self._scale)
 
-    def _sampled(self, topology: Topology) -> Tensor:
-        """As `gradient_at`, of the gradient as it was accumulated."""
+    def _sampled(self, topology: Topology, keeper: kernels.Keeper) -> Tensor:
+        """As `gradient_at`, of the gradient as it was accumulated from what a keeper holds."""
         index = kernels.index(topology)
         total = self.parameter.detach().new_zeros(topology.nnz)
-        for operands in self._keeper.kept:
+        for operands in keeper.kept:
             total += kernels.sampled(operands, index)
         return self._mean(total)
 
@@ -397,12 +412,17 @@ class CompressedParameter:
         source.clamp_(min=0)
         gone = torch.zeros((), dtype=self.parameter.dtype)
         grad = self.parameter.grad
+        # Of the next step, where this update waited for an optimizer that did not step.
+        early = self._multiple(grad, old) if grad is not None and self.holding and self._keeper.kept else None
         for tensor in (self.parameter.detach(), *state.values(), *(() if grad is None else (grad,))):
             if old.nnz:
                 tensor[: new.nnz] = torch.where(newcomers, gone.to(tensor), tensor.index_select(0, source))
             tensor[new.nnz :] = 0
         for key, moment in moments.items():
             state[key][: new.nnz][newcomers] = moment
+        if grad is not None and early is not None:
+            grad[: new.nnz][newcomers] = self._sampled(Topology(new.shape, new.without(old)), self._keeper).mul_(early)
+            self._largest = _largest(grad) / early if early else 0.0
         del source, newcomers
         for module, name in self._sparse():
             module.rewire(name, new)
