@@ -2,6 +2,7 @@
 
 from regrow import methods as methods
 from regrow import metrics as metrics
+from regrow import nn as nn
 from regrow.files import load as load
 from regrow.files import save as save
 from regrow.sparsifier import Sparsifier as Sparsifier

@@ -33,7 +33,9 @@ from regrow.storages import (
     leave_meta_device,
     on_meta_device,
     quarter_of_free_memory,
+    require_initializers,
     require_sparse,
+    spare_topologies_the_broadcast,
     storage_of,
     stored,
 )
@@ -275,6 +277,11 @@ class Sparsifier:
             raise ValueError("batches= and loss= belong together: give both or neither")
         if batches is not None and not needs_gradient:
             raise ValueError(f"{self.method.name} reads no gradient at its start: leave out batches= and loss=")
+        if init == "fan_in" and needs_gradient and batches is None:
+            raise ValueError(
+                f'{self.method.name} has no connections to scale values to before its first step: with init="fan_in", '
+                "give batches= and loss= to regrow.sparsify"
+            )
         self.method.start.require(self.weights)
         for rule in self.method.update:
             rule.require(self.weights)
@@ -285,12 +292,14 @@ class Sparsifier:
             self._start()
         if inputs is not None:
             self._hold(faster(self._parameters, inputs))
+        require_initializers(self.model)
         for parameter in self._parameters:
             parameter.require_free()
         for parameter in self._parameters:
             parameter.materialize(self._room(parameter), self.seed)
         leave_fast_path(self.model)
         leave_meta_device(self.model, self.seed)
+        spare_topologies_the_broadcast(self.model)
         if init == "fan_in":
             scale_to_fan_in(self.weights)
         self._prepare_next()

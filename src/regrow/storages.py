@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from regrow.allocation import matches
 from regrow.discovery import Found
+from regrow.kernels import Index
 from regrow.method import Method, Need
 from regrow.nn import SparseModule, SparseMultiheadAttention
 from regrow.storage.compressed import CompressedParameter, exchange
@@ -142,13 +143,40 @@ def on_meta_device(model: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
+def require_initializers(model: nn.Module) -> None:
+    """Raise ValueError for a module on the meta device that does not say how it is initialized."""
+    for path, module in model.named_modules():
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        on_meta = [name for name, tensor in own if tensor.is_meta]
+        if on_meta and not isinstance(module, SparseModule) and _reset(module) is None:
+            raise ValueError(
+                f"{path or type(module).__name__} has {', '.join(on_meta)} on the meta device and no reset_parameters "
+                "to initialize them: build that module on a real device"
+            )
+
+
+def _reset(module: nn.Module) -> Callable[[], None] | None:
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+
+
+def spare_topologies_the_broadcast(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from sending topologies before each forward: every rank makes the same."""
+    names = [
+        f"{path}.{name}_{field}".removeprefix(".")
+        for path, module in model.named_modules()
+        if isinstance(module, SparseModule)
+        for name in module.shapes
+        for field in Index._fields
+    ]
+    if names:
+        ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+        model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+
+
 def leave_meta_device(model: nn.Module, seed: int) -> None:
     """Give what is left of a model on the meta device real memory, as its modules initialize it.
 
     Parameters keep their identity, so that the optimizer that holds them goes on.
-
-    Raises:
-        ValueError: for a module that does not say how it is initialized.
     """
     # Children first: what holds them may have the last word on them.
     for path, module in reversed(list(model.named_modules())):
@@ -156,12 +184,6 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
         on_meta = {name: tensor for name, tensor in own.items() if tensor.is_meta}
         if not on_meta:
             continue
-        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-        if not isinstance(module, SparseModule) and reset is None:
-            raise ValueError(
-                f"{path or type(module).__name__} has {', '.join(on_meta)} on the meta device and no reset_parameters "
-                "to initialize them: build that module on a real device"
-            )
         for name, tensor in on_meta.items():
             real = torch.zeros_like(tensor, device="cpu")
             if isinstance(tensor, nn.Parameter):
@@ -174,6 +196,7 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
             if isinstance(module, SparseMultiheadAttention) and isinstance(module.out_proj.bias, Tensor):
                 nn.init.zeros_(module.out_proj.bias)
         else:
+            reset = _reset(module)
             assert reset is not None
             reset()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import regrow
 from regrow import kernels
 from regrow.nn import SparseConv1D, SparseLinear, SparseModule
 from twins import assert_equal, sparsified
@@ -162,3 +163,11 @@ def test_it_is_differentiable_as_a_dense_weight() -> None:
     assert weight.shape == (4, 5)
     weight.square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, 2 * layer.weight.detach())
+
+
+def test_the_input_goes_by_the_name_that_torch_gives_it():
+    layer = regrow.nn.SparseLinear(4, 3, density=0.5)
+    conv = regrow.nn.SparseConv1d(4, 3, 1, density=0.5)
+    x = torch.randn(2, 4)
+    assert torch.equal(layer(input=x), layer(x))
+    assert torch.equal(conv(input=x[:, :, None]), conv(x[:, :, None]))

@@ -322,7 +322,6 @@ def test_gradients_that_are_only_looked_at_leave_no_trace():
     in_both(loop, rigl, "linear", "adamw")
 
 
-@pytest.mark.xfail(reason="the products of a second derivative do not show their operands to the keeper")
 def test_growth_sees_a_gradient_penalty():
     """A loss of gradients with respect to the input, as in Wasserstein GANs."""
 
@@ -584,7 +583,6 @@ def test_checkpointing_of_activations_changes_nothing(reentrant: bool):
     plain.require_equal(other)
 
 
-@pytest.mark.xfail(reason="the keeper adds up what growth reads in the type of its operands")
 def test_gradients_accumulate_as_exactly_as_the_parameter_does():
     """Under autocast each part of the gradient is rounded to bfloat16, their sum is not."""
 

@@ -101,7 +101,6 @@ def test_fan_in_scales_values_to_the_connections_that_there_are():
         torch.testing.assert_close(scaled.get_parameter(name).double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.xfail(reason="it does nothing then, without a word")
 def test_fan_in_needs_connections_to_scale_to():
     with pytest.raises(ValueError, match="no connections to scale values to before its first step"):
         wide(methods.snip(0.1), init="fan_in", allow_dense=True)
@@ -167,7 +166,6 @@ class Custom(nn.Module):
         self.scale, self.body = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
 
 
-@pytest.mark.xfail(reason="it is noticed after the weights have become sparse")
 def test_a_module_that_does_not_say_how_it_is_initialized_is_named():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 3), Custom())

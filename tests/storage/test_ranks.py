@@ -184,7 +184,6 @@ def test_two_ranks_do_what_one_process_does(case: str, ranks: list[dict[str, Any
         assert same(ours, alone)
 
 
-@pytest.mark.xfail(reason="DistributedDataParallel takes the buffers of topologies for statistics")
 def test_topologies_are_not_broadcast(ranks: list[dict[str, Any]]):
     """Running statistics of batch norm are: two of 6 numbers in float64, and a count."""
     assert ranks[0]["broadcast"] == [2 * 6 * 8 + 8] * 3

@@ -43,12 +43,15 @@ class Keeper:
         """Bytes kept."""
         return sum(o.x.nbytes + o.dy.nbytes for o in self.kept)
 
-    def rows(self, low: int, high: int, cols: int) -> Tensor:
-        """Rows [low, high) of the gradient of the whole weight, (high - low, cols): the sum over all that is kept."""
+    def rows(self, low: int, high: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows [low, high) of the gradient of the whole weight, (high - low, cols): the sum over all that is kept.
+
+        Each part is rounded to the type of its operands, their sum to `dtype`, which None takes from the first.
+        """
         total: Tensor | None = None
         for x, dy, geometry in self.kept:
             part = dy[:, low:high].t() @ x if geometry is None else _conv_rows(x, dy, geometry, low, high)
-            total = part if total is None else total.add_(part)
+            total = part.to(dtype) if total is None else total.add_(part)
         assert total is not None
         return total.reshape(high - low, cols)
 

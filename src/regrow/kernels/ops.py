@@ -180,7 +180,7 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dy = _flat(grad)
     if need_x:
         # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
-        dx = _spmm(dy, values, None, *at, not ctx.transposed, _is_feature_major(x), 0)
+        dx = _spmm(dy, values, None, *at, not ctx.transposed, _is_feature_major(x), ctx.keep)
     if need_values:
         inner, outer = (dy, x) if ctx.transposed else (x, dy)
         dvalues = _sddmm(inner, outer, *at, values.shape[0], ctx.keep)
@@ -288,7 +288,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, *at = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dy = grad.contiguous()
-    dx = _conv_input_gradient(dy, values, *at, ctx.geometry, list(x.shape)) if need_x else None
+    dx = _conv_input_gradient(dy, values, *at, ctx.geometry, list(x.shape), ctx.keep) if need_x else None
     dvalues = _conv_value_gradient(x, dy, *at, ctx.geometry, values.shape[0], ctx.keep) if need_values else None
     return dx, dvalues, grad.sum((0, 2, 3)) if need_bias else None, *[None] * 7
 
@@ -307,6 +307,7 @@ def _conv_input_gradient(
     order: Tensor,
     geometry: list[int],
     shape: list[int],
+    keep: int = 0,
 ) -> Tensor:
     """The gradient of the input, of `shape` (N, C, H, W), from dy (N, O, HO, WO), contiguous."""
     out = dy.new_empty(shape)
@@ -327,12 +328,13 @@ def _(
     order: Tensor,
     geometry: list[int],
     shape: list[int],
+    keep: int = 0,
 ) -> Tensor:
     return dy.new_empty(shape)
 
 
 def _conv_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, values, *at, ctx.geometry, _ = inputs
+    dy, values, *at, ctx.geometry, _, ctx.keep = inputs
     ctx.save_for_backward(dy, values, *at)
 
 
@@ -342,8 +344,8 @@ def _conv_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ddy = _conv(grad, values, None, *at, ctx.geometry, 0) if ctx.needs_input_grad[0] else None
     dvalues = None
     if ctx.needs_input_grad[1]:
-        dvalues = _conv_value_gradient(grad, dy, *at, ctx.geometry, values.shape[0], 0)
-    return ddy, dvalues, *[None] * 7
+        dvalues = _conv_value_gradient(grad, dy, *at, ctx.geometry, values.shape[0], ctx.keep)
+    return ddy, dvalues, *[None] * 8
 
 
 _conv_input_gradient.register_autograd(_conv_input_backward, setup_context=_conv_input_context)
@@ -395,7 +397,7 @@ def _conv_value_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _conv_value_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, dy, *at = ctx.saved_tensors
-    dx = _conv_input_gradient(dy, grad, *at, ctx.geometry, list(x.shape)) if ctx.needs_input_grad[0] else None
+    dx = _conv_input_gradient(dy, grad, *at, ctx.geometry, list(x.shape), 0) if ctx.needs_input_grad[0] else None
     ddy = _conv(x, grad, None, *at, ctx.geometry, 0) if ctx.needs_input_grad[1] else None
     return dx, ddy, *[None] * 8
 

@@ -68,9 +68,9 @@ class _SparseConv(SparseModule):
         """As torch's convolutions draw weight and bias: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))."""
         return uniform(1 / math.sqrt(max(1, self.in_channels // self.groups * math.prod(self.kernel_size))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, in_channels, *size), or without N -> (N, out_channels, *size), or without N."""
-        batched = x if x.dim() == self.DIMENSIONS + 2 else x[None]
+    def forward(self, input: Tensor) -> Tensor:
+        """input (N, in_channels, *size), or without N -> (N, out_channels, *size), or without N."""
+        batched = input if input.dim() == self.DIMENSIONS + 2 else input[None]
         before, padding = self._padding()
         if any(before):
             batched = nn.functional.pad(
@@ -81,7 +81,7 @@ class _SparseConv(SparseModule):
         geometry = Geometry(kernel, stride, _pair(padding, 0), dilation, self.groups)
         y = self.convolution("weight", image, self.bias, geometry)
         y = y if self.DIMENSIONS == 2 else y[:, :, 0]
-        return y if x.dim() == self.DIMENSIONS + 2 else y[0]
+        return y if input.dim() == self.DIMENSIONS + 2 else y[0]
 
     def _padding(self) -> tuple[list[int], Sequence[int]]:
         """What is added around the input beforehand, last dimension first, and what the kernel pads by itself."""

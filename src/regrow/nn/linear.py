@@ -64,9 +64,9 @@ class SparseLinear(SparseModule):
         """As `nn.Linear` draws weight and bias: U(-1 / sqrt(in_features), 1 / sqrt(in_features))."""
         return uniform(1 / math.sqrt(max(1, self.in_features)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        return self.product("weight", x, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in_features) -> (..., out_features)."""
+        return self.product("weight", input, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -353,7 +353,7 @@ class CompressedParameter:
             )
         size = math.prod(self.shape[1:])
         if self._source.kept:
-            rows = self._source.rows(low, high, size).view(-1)
+            rows = self._source.rows(low, high, size, self.parameter.dtype).view(-1)
         else:
             rows = self.parameter.detach().new_zeros((high - low) * size)
         return self._mean(rows).mul_(self._factor / self._scale)
