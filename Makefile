@@ -22,7 +22,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check src tests benchmarks experiments
 	$(BIN)/ruff check src tests benchmarks experiments
 	$(BIN)/mypy
-	$(BIN)/pytest --quiet --numprocesses 2 --doctest-modules
+	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile --doctest-modules
 
 docs: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
