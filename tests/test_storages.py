@@ -239,3 +239,34 @@ def test_masked_storage_ignores_nothing_that_is_for_compressed_storage():
     model = model_of("linear")
     sparsifier = sparsify(model, sgd(model), METHODS["gmp"](), allow_dense=False)
     assert sparsifier.nnz == sparsifier.numel
+
+
+def test_a_limit_of_compressed_storage_is_refused_in_masked():
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="update_memory= limits what"):
+        sparsify(model, optimizer, methods.static(0.5), update_memory=1000)
+
+
+def test_memory_for_updates_must_be_positive():
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="update_memory must be 1 byte or more, got -1"):
+        sparsify(model, optimizer, methods.static(0.5), storage="compressed", update_memory=-1)
+
+
+def test_a_meta_buffer_that_nobody_fills_is_named():
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.register_buffer("frequencies", torch.ones(3))
+
+        def reset_parameters(self) -> None:
+            nn.init.ones_(self.scale)
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 4), Table())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="1 has frequencies on the meta device, which its reset_parameters leaves"):
+        sparsify(model, optimizer, methods.static(0.5), storage="compressed")

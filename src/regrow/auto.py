@@ -14,7 +14,7 @@ from regrow.discovery import Found
 from regrow.measure import Call, Race, Topologies, alike, calls, compressed, race
 from regrow.method import Method
 from regrow.nn import sparse_class
-from regrow.storage.compressed import REFUSED, CompressedParameter
+from regrow.storage.compressed import CompressedParameter, is_refused
 from regrow.storage.masked import MaskedParameter
 from regrow.storages import Storage, dense_reasons
 from regrow.weight import StoredParameter
@@ -62,7 +62,7 @@ def _obstacle(found: Found, owner: Optimizer) -> str | None:
     """Why a parameter cannot be compressed here, or None."""
     if any(sparse_class(module) is None for module, _ in found.holders):
         return f"there is no sparse form of {type(found.module).__name__}"
-    if type(owner).__name__ in REFUSED:
+    if is_refused(owner):
         return f"{type(owner).__name__} is no element-wise optimizer"
     if found.parameter.device.type != "cpu":
         return f"sparse kernels run on the CPU, and it lies on {found.parameter.device}"

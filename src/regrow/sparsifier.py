@@ -130,6 +130,10 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
         )
     else:
         storages = assign("compressed" if storage == "auto" else storage, found)
+    if update_memory is not None and storage == "masked":
+        raise ValueError('update_memory= limits what storage="compressed" keeps: leave it out with storage="masked"')
+    if update_memory is not None and update_memory < 1:
+        raise ValueError(f"update_memory must be 1 byte or more, got {update_memory}")
     if not allow_dense:
         require_sparse(method, [f for f, s in zip(found, storages, strict=True) if s == "compressed"], has_batches)
     with torch.no_grad():
@@ -262,7 +266,10 @@ class Sparsifier:
                     parameter.mask_gradient()
 
     def remove(self) -> None:
-        """Take all hooks out; the model keeps its values and trains densely from here on."""
+        """Take all hooks out; the model keeps its values.
+
+        A masked one trains densely from here on, a compressed one with the topology that it has.
+        """
         for handle in self._handles:
             handle.remove()
         for parameter in self._parameters:

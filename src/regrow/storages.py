@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -185,7 +186,9 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
         if not on_meta:
             continue
         for name, tensor in on_meta.items():
-            real = torch.zeros_like(tensor, device="cpu")
+            # What its module leaves unfilled shows.
+            blank = math.nan if tensor.is_floating_point() else 0
+            real = torch.full_like(tensor, blank, device="cpu")
             if isinstance(tensor, nn.Parameter):
                 exchange(tensor, nn.Parameter(real, tensor.requires_grad))
             else:
@@ -199,6 +202,12 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
             reset = _reset(module)
             assert reset is not None
             reset()
+            unfilled = [name for name in on_meta if bool(getattr(module, name).isnan().any())]
+            if unfilled:
+                raise ValueError(
+                    f"{path or type(module).__name__} has {', '.join(unfilled)} on the meta device, which its "
+                    "reset_parameters leaves without values: build that module on a real device"
+                )
 
 
 def _draw(module: SparseModule, name: str, stream: Stream) -> None:

@@ -205,3 +205,15 @@ def test_a_keeper_sees_convolutions_too():
     (found,) = torch.autograd.grad((y**2).sum(), values)
     rows = torch.cat([keeper.rows(0, 1, 18), keeper.rows(1, 3, 18), keeper.rows(3, 4, 18)])
     torch.testing.assert_close(at(topology, rows), found)
+
+
+def test_an_image_smaller_than_the_kernel_is_refused():
+    index = kernels.index(random_topology((4, 3, 3, 3), 0.4))
+    with pytest.raises(ValueError, match=r"input of 2 x 2, padded by \(0, 0\), is smaller than the kernel of \(3, 3\)"):
+        kernels.conv(leaf(1, 3, 2, 2), leaf(index.nnz), None, index, Geometry((3, 3)))
+
+
+def test_autocast_leaves_float64_alone():
+    index = kernels.index(random_topology((5, 7), 0.4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.linear(leaf(3, 7), leaf(index.nnz), None, index).dtype == torch.float64

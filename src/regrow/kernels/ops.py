@@ -80,6 +80,11 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry:
     channels = index.cols * geometry.groups // (geometry.kernel[0] * geometry.kernel[1])
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"the input has shape {tuple(x.shape)}, the sparse convolution takes (N, {channels:,}, H, W)")
+    if min(geometry.output(x.shape[2], x.shape[3])) < 1:
+        raise ValueError(
+            f"the input of {x.shape[2]} x {x.shape[3]}, padded by {geometry.padding}, is smaller than the kernel of "
+            f"{geometry.kernel} with dilation {geometry.dilation}: give larger images or more padding"
+        )
     x, values, bias = _cast(x, values, bias)
     y: Tensor = _conv(x.contiguous(), values, bias, *index, geometry.ints, keep)
     return y
@@ -88,7 +93,7 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry:
 def _cast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands in the type that autocast asks for; without it they must agree already."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, values.dtype):
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != values.dtype or (bias is not None and bias.dtype != values.dtype):

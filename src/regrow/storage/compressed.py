@@ -531,7 +531,7 @@ def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Hold
                 f"{name} belongs to a {type(module).__name__}, of which there is no sparse form: name it in skip=, or "
                 'use storage="masked" or storage="auto"'
             )
-    if any(base.__name__ in REFUSED for base in type(optimizer).__mro__):
+    if is_refused(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__} cannot step {name} compressed, since it is no element-wise optimizer: use "
             'SGD, Adam or another element-wise one for it, or storage="masked"'
@@ -541,6 +541,11 @@ def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Hold
             f"{type(optimizer).__name__} began with state on the meta device, whose values are lost: build the model "
             "on a real device, or use an optimizer that makes its state in its first step"
         )
+
+
+def is_refused(optimizer: Optimizer) -> bool:
+    """Whether an optimizer, or one that it derives from, cannot work on active values alone."""
+    return any(base.__name__ in REFUSED for base in type(optimizer).__mro__)
 
 
 def exchange(one: Tensor, other: Tensor) -> None:
