@@ -16,7 +16,6 @@ import os
 import shlex
 import statistics
 import sys
-import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ import click
 import torch
 from torch import Tensor, nn
 
+from regrow import measure
 from regrow.app.machine import versions
 
-SAMPLE = 0.01  # seconds that a sample lasts at least: calls shorter than this are repeated
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("sparselab", "sparseprop")
 LOAD = os.getloadavg()[0]  # before anything here has run
@@ -76,31 +75,8 @@ class Rounds:
 
 
 def interleave(steps: Mapping[str, Step], rounds: int = 9, once: bool = False) -> Rounds:
-    """Time every step in every round, in an order that rotates.
-
-    A step runs untimed directly before it is timed: candidates with OpenMP libraries of their own otherwise share the
-    cores with the threads of the one before, which spin for a while before they sleep.
-
-    Args:
-        steps: what is timed, by name.
-        rounds: how many samples each gets.
-        once: exactly one call of every step per round, nothing repeated, for steps that change state.
-    """
-    timers = {name: timeit.Timer(step) for name, step in steps.items()}
-    calls = dict.fromkeys(steps, 1)
-    if not once:
-        for name, timer in timers.items():
-            timer.timeit(1)
-            calls[name] = math.ceil(SAMPLE / timer.timeit(1))
-    names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            if not once:
-                timers[name].timeit(calls[name])
-            seconds[name].append(timers[name].timeit(calls[name]) / calls[name])
-    return Rounds(seconds)
+    """Time every step in every round, as `regrow.measure.interleave` does."""
+    return Rounds(measure.interleave(steps, rounds, once))
 
 
 def table(rounds: Rounds, references: Sequence[str], flops: Mapping[str, float] | None = None) -> str:

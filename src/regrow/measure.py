@@ -81,23 +81,32 @@ def race(
         return Race(interleave(steps, rounds))
 
 
-def interleave(steps: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def interleave(
+    steps: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, once: bool = False
+) -> dict[str, list[float]]:
     """The seconds of every step in every round, in an order that rotates.
 
     A step runs untimed directly before it is timed: candidates with threads of their own otherwise share the cores with
     those of the one before, which spin for a while before they sleep.
+
+    Args:
+        steps: what is timed, by name.
+        rounds: how many samples each gets.
+        once: exactly one call of every step per round, nothing repeated, for steps that change state.
     """
     timers = {name: Timer(step) for name, step in steps.items()}
-    repeats = {}
-    for name, timer in timers.items():
-        timer.timeit(1)
-        repeats[name] = math.ceil(SAMPLE / timer.timeit(1))
+    repeats = dict.fromkeys(steps, 1)
+    if not once:
+        for name, timer in timers.items():
+            timer.timeit(1)
+            repeats[name] = math.ceil(SAMPLE / timer.timeit(1))
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            timers[name].timeit(repeats[name])
+            if not once:
+                timers[name].timeit(repeats[name])
             seconds[name].append(timers[name].timeit(repeats[name]) / repeats[name])
     return seconds
 

@@ -124,17 +124,14 @@ class SparseMultiheadAttention(SparseModule):
         inputs, size = (query, key, value), self.embed_dim
         if not self._qkv_same_embed_dim:
             blocks = [slice(low, low + size) for low in range(0, 3 * size, size)]
-            return [self._separate(*of) for of in zip(_SEPARATE, inputs, blocks, strict=True)]
+            biases = [None if self.in_proj_bias is None else self.in_proj_bias[rows] for rows in blocks]
+            return [self.product(*of) for of in zip(_SEPARATE, inputs, biases, strict=True)]
         projected: list[Tensor] = []
         while len(projected) < 3:
             first = len(projected)
             last = next((i for i in range(first, 3) if inputs[i] is not inputs[first]), 3)
             projected += self._packed(inputs[first], first * size, last * size).chunk(last - first, -1)
         return projected
-
-    def _separate(self, name: str, x: Tensor, rows: slice) -> Tensor:
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        return self.product(name, x, bias) if name in self.shapes else F.linear(x, getattr(self, name), bias)
 
     def _packed(self, x: Tensor, low: int, high: int) -> Tensor:
         """x times rows [low, high) of the packed projection, plus their bias."""

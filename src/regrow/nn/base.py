@@ -156,8 +156,11 @@ class SparseModule(nn.Module):
         return flat.index_put((topology.indices.to(values.device),), values[: topology.nnz]).view(topology.shape)
 
     def product(self, name: str, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-        """x W^T + bias, or x W + bias when `transposed`; x (..., features)."""
-        values, index, key = getattr(self, name), self.index(name), self.keys.get(name, 0)
+        """x W^T + bias, or x W + bias when `transposed`; x (..., features). A weight not in `shapes` is dense."""
+        values = getattr(self, name)
+        if name not in self.shapes:
+            return nn.functional.linear(x, values.t() if transposed else values, bias)
+        index, key = self.index(name), self.keys.get(name, 0)
         if index.nnz == index.rows * index.cols and not key:
             full = values[: index.nnz].view(index.rows, index.cols)
             return nn.functional.linear(x, full.t() if transposed else full, bias)

@@ -85,7 +85,7 @@ class _SparseRecurrent(SparseModule):
     def _linear(self, name: str, x: Tensor, bias: str | None = None) -> Tensor:
         """x W^T + b with a weight, sparse or dense, and a bias, both by name."""
         b = getattr(self, bias) if bias is not None and self.bias else None
-        return self.product(name, x, b) if name in self.shapes else F.linear(x, getattr(self, name), b)
+        return self.product(name, x, b)
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         kind = type(self).__name__

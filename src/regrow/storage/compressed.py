@@ -510,18 +510,20 @@ class CompressedWeight:
         if not self.owner._materialized:
             self.noted = topology
             return
-        blocks = [topology if w is self else w.topology for w in self.owner.weights]
-        self.owner.rewire(Topology.stack(blocks))
+        self.owner.rewire(self._whole_with(topology))
 
     def restore(self, topology: Topology) -> None:
         """Take on a saved topology without touching values or optimizer state."""
         if not self.owner._materialized:
             self.noted = topology
             return
-        blocks = [topology if w is self else w.topology for w in self.owner.weights]
-        whole = Topology.stack(blocks)
+        whole = self._whole_with(topology)
         for module, name in self.owner._sparse():
             module.rewire(name, whole)
+
+    def _whole_with(self, topology: Topology) -> Topology:
+        """The topology of the whole parameter, with this block's replaced."""
+        return Topology.stack([topology if w is self else w.topology for w in self.owner.weights])
 
 
 def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Holder]) -> None:

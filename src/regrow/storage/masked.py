@@ -1,8 +1,8 @@
 """Masked storage: parameters stay dense tensors that are zero outside their topology.
 
 Works with every model, device and optimizer. Beside what dense training holds it takes one byte per entry (the mask),
-eight per active entry (its position), and at an update a copy of the gradient. Where a method does not need them,
-inactive gradients are zeroed as they accumulate, so clipping never sees them; momentum never sees them at all.
+four per active entry (its place in its row), and at an update a copy of the gradient. Where a method does not need
+them, inactive gradients are zeroed as they accumulate, so clipping never sees them; momentum never sees them at all.
 """
 
 from __future__ import annotations
