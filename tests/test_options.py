@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +83,14 @@ CASES: dict[str, dict[str, Changes]] = {
     },
 }
 
+FAMILIES = [
+    importlib.import_module(f"methods.{path.stem}") for path in (Path(__file__).parent / "methods").glob("test_*.py")
+]
+"""Test modules of methods that have oracles of their own, with `SHORT` (method -> small options) and `CASES`."""
+
+ALL_CASES: dict[str, dict[str, Any]] = CASES | {n: c for m in FAMILIES for n, c in getattr(m, "CASES", {}).items()}
+ALL_SHORT: dict[str, dict[str, Any]] = SHORT | {n: c for m in FAMILIES for n, c in getattr(m, "SHORT", {}).items()}
+
 FLAT = [
     pytest.param(name, *case, *[{}] * (3 - len(case)), id=f"{name}-{'-'.join(f'{k}={v}' for k, v in case[0].items())}")
     for name, options in CASES.items()
@@ -92,8 +102,8 @@ FLAT = [
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_option_has_a_case(name: str) -> None:
     """Property 48: an option without an oracle makes this fail."""
-    assert set(CASES[name]) == set(inspect.signature(RECIPES[name]).parameters)
-    for option, changes in CASES[name].items():
+    assert set(ALL_CASES[name]) == set(inspect.signature(RECIPES[name]).parameters)
+    for option, changes in ALL_CASES[name].items():
         assert changes
         assert all(option in case[0] for case in changes)
 
@@ -111,7 +121,7 @@ def test_an_option_makes_the_difference_that_is_predicted(
     assert_same(found, other)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PAPERS)
 def test_what_is_not_given_is_the_paper_s(name: str) -> None:
     """Property 48: a default is an option value too."""
     defaults = {
@@ -161,7 +171,7 @@ def test_times_at_which_nothing_happens_are_refused(name: str, change: dict[str,
 def test_an_unknown_option_is_refused(name: str) -> None:
     """Property 48."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'sparsity'"):
-        RECIPES[name](**SHORT[name], sparsity=0.9)
+        RECIPES[name](**ALL_SHORT[name], sparsity=0.9)
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
@@ -171,5 +181,5 @@ def test_a_dynamic_method_requires_until(name: str) -> None:
 
 
 def test_the_table_has_every_recipe_by_its_name() -> None:
-    assert all(recipe(**SHORT[name]).name == name for name, recipe in RECIPES.items())
-    assert methods.RECIPES.keys() == PAPERS.keys() == SHORT.keys()
+    assert all(library_method(name, ALL_SHORT[name]).name == name for name in RECIPES)
+    assert methods.RECIPES.keys() == ALL_SHORT.keys() == ALL_CASES.keys()

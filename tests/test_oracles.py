@@ -388,7 +388,7 @@ def test_the_published_drop_and_grow_example(policy: Regrow) -> None:
     update = drop_and_grow(
         schedules.constant(0.4), LIBRARY["drop"]["lowest"], growth.highest(growth.gradient), regrow_dropped=policy
     )
-    start = Start(lambda weights: weights[0].rewire(Topology((1, 8), torch.tensor([0, 1, 3, 5, 6]))))
+    start = Start(lambda weights, probe: weights[0].rewire(Topology((1, 8), torch.tensor([0, 1, 3, 5, 6]))))
     regrow.sparsify(model, optimizer, Method("m", start, every(2, update, until=3), needs=Need.GRADIENT))
     model(torch.ones(8).double()).backward()
     optimizer.step()

@@ -30,7 +30,7 @@ from regrow.optimizers import ZERO_PRESERVING
 from regrow.schedules import constant
 from regrow.storage import masked
 from regrow.updates import chain, every
-from table import METHODS
+from table import DENSITY, METHODS, given
 
 FUSED = ["sgd-fused", "adam-fused"]
 MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -1035,12 +1035,14 @@ def test_a_start_from_batches_refuses_gradients_that_are_not_finite(kind: str):
         sparsify(model, MAKE["sgd"](model.parameters()), methods.snip(0.5), batches=[data(1)], loss=loss_of)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "dense"])
+@pytest.mark.parametrize("method", [m for m, row in METHODS.items() if row.density == DENSITY])
 def test_an_infeasible_budget_is_an_error_at_once(method: str):
     """Property 16: not at a pruning hours later."""
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 2))
     with pytest.raises(ValueError, match="least feasible density"):
-        sparsify(model, MAKE["sgd"](model.parameters()), METHODS[method](), skip="0", budget="model")
+        recipe = METHODS[method]()
+        more = given(recipe, [data(0)])
+        sparsify(model, MAKE["sgd"](model.parameters()), recipe, skip="0", budget="model", **more)
 
 
 def test_remove_gives_the_plain_model_back():

@@ -317,7 +317,7 @@ def adafactor_state(fraction: float) -> tuple[dict[str, Tensor], dict[str, Tenso
     model = nn.Linear(8, 6)
     optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
     update = every(2, drop_and_grow(constant(fraction), lowest(magnitude), highest(gradient)), until=3)
-    start = Start(lambda weights: weights[0].rewire(Topology((6, 8), torch.arange(0, 48, 2))))
+    start = Start(lambda weights, probe: weights[0].rewire(Topology((6, 8), torch.arange(0, 48, 2))))
     regrow.sparsify(model, optimizer, Method("m", start, update, timing="instead", needs=Need.GRADIENT))
     seen = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The mean gradient over several batches, leaving no trace in the model."""
+"""Gradients over several batches, leaving no trace in the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from regrow.topology import Topology
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar loss."""
@@ -46,6 +48,61 @@ def mean_gradient(
             setattr(module, name, buffer.copy_(values))
         for parameter, grad in grads:
             parameter.grad = grad
+
+
+class BatchProbe:
+    """A `Probe` over `batches`, which is iterated anew at every question.
+
+    Args:
+        model: left as it was by every question.
+        parameters: each sparsified parameter with the number of equal blocks of leading rows that are its weights.
+        batches: data, such as a list or a `DataLoader`; no iterator, which could be read only once.
+        loss: (model, batch) -> scalar, a mean over the batch.
+
+    Raises:
+        ValueError: when `batches` is an iterator.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[tuple[nn.Parameter, int]], batches: Iterable[Any], loss: Loss
+    ) -> None:
+        if isinstance(batches, Iterator):
+            raise ValueError("batches= is read several times here, and an iterator can be read once: give a list of it")
+        self.model = model
+        self.parameters = list(parameters)
+        self.batches = batches
+        self.loss = loss
+
+    def gradients(self, topologies: Sequence[Topology]) -> list[Tensor]:
+        """The mean gradient at every position, (numel,) of each weight, weights being zero outside `topologies`."""
+        raise NotImplementedError
+
+    def curvature(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The Hessian of the mean loss times `vectors`, (numel,) of each weight."""
+        raise NotImplementedError
+
+    def flow(self, topologies: Sequence[Topology]) -> list[Tensor]:
+        """The gradient of the summed outputs for an input of ones, every parameter replaced by its absolute value."""
+        raise NotImplementedError
+
+
+class NoProbe:
+    """The `Probe` of a start without batches, which is never asked."""
+
+    def gradients(self, topologies: Sequence[Topology]) -> list[Tensor]:
+        """Raise ValueError."""
+        raise ValueError(_NO_BATCHES)
+
+    def curvature(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Raise ValueError."""
+        raise ValueError(_NO_BATCHES)
+
+    def flow(self, topologies: Sequence[Topology]) -> list[Tensor]:
+        """Raise ValueError."""
+        raise ValueError(_NO_BATCHES)
+
+
+_NO_BATCHES = "this start asks for gradients: declare Start(needs_batches=True), and give batches= and loss="
 
 
 def _require_values(model: nn.Module) -> None:

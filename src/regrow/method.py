@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import Flag, auto
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ Allocation = Callable[[Sequence[Sized], Sequence[Tensor] | None, int | None], li
 
 Statistic = Callable[[SparseWeight], float]
 """A weight's share of what is redistributed, >= 0."""
+
+Structure = Callable[[SparseWeight, Tensor, int], Topology]
+"""Which patterns are allowed: (weight, a score for every position (numel,), count) -> the best one of about `count`."""
 
 Observer = Callable[[SparseWeight], None]
 """Sees a weight with its gradient once before every optimizer step."""
@@ -74,14 +77,35 @@ Update = tuple[Rule, ...]
 """Rules applied in order, each where it is due; joined with `chain`."""
 
 
+class Probe(Protocol):
+    """What a start may ask of the model and the batches that it was given; nothing is changed by asking.
+
+    All tensors are (numel,) of one weight each, in the order of the weights.
+    """
+
+    def gradients(self, topologies: Sequence[Topology]) -> list[Tensor]:
+        """The mean gradient over the batches at every position, where the weights are zero outside `topologies`."""
+        ...
+
+    def curvature(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The Hessian of the mean loss over the batches times `vectors`."""
+        ...
+
+    def flow(self, topologies: Sequence[Topology]) -> list[Tensor]:
+        """The gradient of the summed outputs for an input of ones, every parameter replaced by its absolute value."""
+        ...
+
+
 class Start(NamedTuple):
     """How the first topologies are made."""
 
-    make: Callable[[Weights], None]
+    make: Callable[[Weights, Probe], object]
     needs_gradient: bool = False
     """Whether one gradient must be there: it then takes the place of the first optimizer step."""
     require: Callable[[Weights], object] = lambda weights: None
     """Raises at once when these weights can never satisfy the start."""
+    needs_batches: bool = False
+    """Whether the probe is asked, which takes `batches` and `loss`."""
 
 
 class Method(NamedTuple):

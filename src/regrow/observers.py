@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from regrow.method import Observer
+from regrow.topology import Topology
 from regrow.weight import SparseWeight
 
 
@@ -39,15 +40,21 @@ def momentum_of(weight: SparseWeight) -> Tensor:
     return weight.state["momentum"]
 
 
-def mark_explored(weight: SparseWeight) -> None:
+def mark_explored(weight: SparseWeight, before: Topology | None = None) -> None:
     """Add the present topology to state "explored", bool (numel,): every position that was ever active.
+
+    State "placed", int64 (), counts how often an entry became active, that of the first topology included; after a
+    change of topology, `before` is what it was.
 
     Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, section 3.2.
     """
-    if weight.topology.is_dense:
-        weight.state["explored"] = torch.ones(weight.topology.numel, dtype=torch.bool)
-        return
+    now = weight.topology
     if "explored" not in weight.state:
-        weight.state["explored"] = torch.zeros(weight.topology.numel, dtype=torch.bool)
+        weight.state["explored"] = torch.zeros(now.numel, dtype=torch.bool)
+        weight.state["placed"] = torch.zeros((), dtype=torch.int64)
+    weight.state["placed"] += now.nnz if before is None else now.without(before).numel()
     explored = weight.state["explored"]
-    explored[weight.topology.indices.to(explored.device)] = True
+    if now.is_dense:
+        explored[:] = True
+    else:
+        explored[now.indices.to(explored.device)] = True

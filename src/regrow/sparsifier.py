@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from regrow import registry
 from regrow.auto import Calls, contenders, faster
 from regrow.discovery import Excluded, Selector, find
-from regrow.gradients import Loss, mean_gradient
-from regrow.method import Method, Need
+from regrow.gradients import BatchProbe, Loss, NoProbe, mean_gradient
+from regrow.method import Method, Need, Probe
 from regrow.nn import Init, leave_fast_path
 from regrow.observers import mark_explored
 from regrow.optimizers import (
@@ -279,10 +279,15 @@ class Sparsifier:
 
     def _begin(self, batches: Iterable[Any] | None, loss: Loss | None, init: Init, inputs: Calls | None) -> None:
         """Make the first topologies, choose storages where there are `inputs` to race with, and become sparse."""
-        needs_gradient = self.method.start.needs_gradient
+        needs_gradient, needs_batches = self.method.start.needs_gradient, self.method.start.needs_batches
         if (batches is None) != (loss is None):
             raise ValueError("batches= and loss= belong together: give both or neither")
-        if batches is not None and not needs_gradient:
+        if needs_batches and batches is None:
+            raise ValueError(
+                f"{self.method.name} asks for several gradients before training: give batches= and loss= to "
+                "regrow.sparsify"
+            )
+        if batches is not None and not (needs_gradient or needs_batches):
             raise ValueError(f"{self.method.name} reads no gradient at its start: leave out batches= and loss=")
         if init == "fan_in" and needs_gradient and batches is None:
             raise ValueError(
@@ -292,7 +297,10 @@ class Sparsifier:
         self.method.start.require(self.weights)
         for rule in self.method.update:
             rule.require(self.weights)
-        if batches is not None and loss is not None:
+        if needs_batches and batches is not None and loss is not None:
+            blocks = [(p.parameter, len(p.weights)) for p in self._parameters]
+            self._start(BatchProbe(self.model, blocks, batches, loss))
+        elif batches is not None and loss is not None:
             with mean_gradient(self.model, [p.parameter for p in self._parameters], batches, loss):
                 self._start()
         elif not needs_gradient:
@@ -320,14 +328,14 @@ class Sparsifier:
             return min(numel, self.nnz)
         return sum(w.topology.nnz for w in parameter.weights)
 
-    def _start(self) -> None:
+    def _start(self, probe: Probe | None = None) -> None:
         self._draw_for(0)
         if self.method.start.needs_gradient:
             for parameter in self._parameters:
                 parameter.require_finite_gradient()
-        self.method.start.make(self.weights)
+        self.method.start.make(self.weights, probe or NoProbe())
         self.started = True
-        self._changed()
+        self._note_explored(None)
 
     def _loaded(self, optimizer: Optimizer) -> None:
         """State may come from a dense run; it is projected when all state dicts are loaded, at the next step."""
@@ -428,16 +436,17 @@ class Sparsifier:
     def _finish(self, step: int) -> None:
         """Apply the update that is due at `step`."""
         self._pending = False
+        before = [w.topology for w in self.weights] if Need.EXPLORED in self.method.needs else None
         for rule in self.method.update:
             if rule.due(step):
                 rule.apply(self.weights, step)
         self.updates += 1
-        self._changed()
+        self._note_explored(before)
 
-    def _changed(self) -> None:
+    def _note_explored(self, before: Sequence[Topology] | None) -> None:
         if Need.EXPLORED in self.method.needs:
-            for weight in self.weights:
-                mark_explored(weight)
+            for i, weight in enumerate(self.weights):
+                mark_explored(weight, None if before is None else before[i])
 
     def _hide_gradients(self, optimizer: Optimizer) -> None:
         """Leave the optimizer nothing to do, so that parameters, state and step counts stay as they are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regrow.method import Allocation, Score, Start
+from regrow.method import Allocation, Probe, Score, Start, Structure
 from regrow.nn import fan_in_scale
 from regrow.topology import Topology
 from regrow.updates import prune_to
@@ -13,7 +13,7 @@ from regrow.weight import Weights
 
 def dense() -> Start:
     """Every entry is active."""
-    return Start(lambda weights: None)
+    return Start(lambda weights, probe: None)
 
 
 def random_topology(density: float | None, allocate: Allocation) -> Start:
@@ -24,7 +24,7 @@ def random_topology(density: float | None, allocate: Allocation) -> Start:
     Source: Mocanu et al. 2018, equation 1, with exact counts where the published code draws every entry by itself.
     """
 
-    def make(weights: Weights) -> None:
+    def make(weights: Weights, probe: Probe) -> None:
         total = None if density is None else weights.total(density)
         for weight, count in zip(weights, allocate(weights, None, total), strict=True):
             if count < weight.topology.numel:
@@ -34,11 +34,18 @@ def random_topology(density: float | None, allocate: Allocation) -> Start:
     return Start(make, require=lambda weights: weights.require(density))
 
 
-def by_score(density: float | None, score: Score, allocate: Allocation, *, needs_gradient: bool = False) -> Start:
-    """The entries of highest `score` within the counts of `allocate`."""
+def by_score(
+    density: float | None,
+    score: Score,
+    allocate: Allocation,
+    *,
+    needs_gradient: bool = False,
+    structure: Structure | None = None,
+) -> Start:
+    """The entries of highest `score` within the counts of `allocate`, in patterns of a `structure` if there is one."""
 
-    def make(weights: Weights) -> None:
-        prune_to(weights, None if density is None else weights.total(density), score, allocate)
+    def make(weights: Weights, probe: Probe) -> None:
+        prune_to(weights, None if density is None else weights.total(density), score, allocate, structure)
 
     return Start(make, needs_gradient, lambda weights: weights.require(density))
 

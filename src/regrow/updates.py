@@ -6,9 +6,12 @@ import logging
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from regrow import allocation
 from regrow.drops import keep_highest
-from regrow.method import Allocation, Drop, Growth, Regrow, Rule, Score, Statistic, Update
+from regrow.method import Allocation, Drop, Growth, Regrow, Rule, Score, Statistic, Structure, Update
 from regrow.schedules import Schedule
 from regrow.topology import Topology
 from regrow.weight import SparseWeight, Weights
@@ -16,16 +19,17 @@ from regrow.weight import SparseWeight, Weights
 _log = logging.getLogger("regrow")
 
 
-def prune(density: Schedule, score: Score, allocate: Allocation) -> Update:
+def prune(density: Schedule, score: Score, allocate: Allocation, structure: Structure | None = None) -> Update:
     """Lower the density to `density(step)`, keeping the highest `score` within the counts of `allocate`.
 
-    Gated by `every`, a ramp runs once more at its own end, so that its last density is reached exactly.
+    A `structure` says which patterns are allowed; without one every entry stands for itself. Gated by `every`, a ramp
+    runs once more at its own end, so that its last density is reached exactly.
 
     Source: Zhu and Gupta 2017, To prune, or not to prune, section 3.
     """
 
     def apply(weights: Weights, step: int) -> None:
-        prune_to(weights, min(weights.total(density(step)), weights.nnz), score, allocate)
+        prune_to(weights, min(weights.total(density(step)), weights.nnz), score, allocate, structure)
 
     def require(weights: Weights) -> None:
         weights.require(density(density.until or 0))
@@ -33,11 +37,21 @@ def prune(density: Schedule, score: Score, allocate: Allocation) -> Update:
     return (Rule(apply, last=density.until, require=require),)
 
 
-def prune_to(weights: Weights, total: int | None, score: Score, allocate: Allocation) -> None:
+def prune_to(
+    weights: Weights, total: int | None, score: Score, allocate: Allocation, structure: Structure | None = None
+) -> None:
     """Keep `total` entries of highest `score` within the counts of `allocate`; None leaves the total to it."""
     scores = [score(w) for w in weights]
     counts = allocate(weights, scores, total)
-    _rewire(weights, [keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)])
+    rewire(weights, [_kept(w, s, n, structure) for w, s, n in zip(weights, scores, counts, strict=True)])
+
+
+def _kept(weight: SparseWeight, score: Tensor, count: int, structure: Structure | None) -> Topology:
+    if structure is None:
+        return keep_highest(weight, score, count)
+    everywhere = torch.full((weight.topology.numel,), -math.inf, dtype=score.dtype, device=score.device)
+    everywhere[weight.topology.indices.to(score.device)] = score
+    return structure(weight, everywhere, count)
 
 
 def drop_and_grow(
@@ -82,8 +96,8 @@ def drop_and_grow(
         counts = _grown(live, kept, taken, redistribute)
         grown = [k.add(grow(w, t, n)) if n else k for w, k, t, n in zip(live, kept, taken, counts, strict=True)]
         if regrow_dropped == "reset":
-            _rewire(live, kept)
-        _rewire(live, grown)
+            rewire(live, kept)
+        rewire(live, grown)
 
     return (Rule(apply),)
 
@@ -111,8 +125,8 @@ def _within(weight: SparseWeight, kept: Topology, room: int) -> Topology:
     return kept.add(dropped[: max(0, dropped.numel() - room)])
 
 
-def _rewire(weights: Sequence[SparseWeight], topologies: Sequence[Topology]) -> None:
-    """Every new topology is known before the first changes, so that an error leaves all weights as they were."""
+def rewire(weights: Sequence[SparseWeight], topologies: Sequence[Topology]) -> None:
+    """Give each weight its new topology; all are known before the first changes, so errors leave all as they were."""
     for weight, topology in zip(weights, topologies, strict=True):
         weight.rewire(topology)
 

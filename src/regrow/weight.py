@@ -56,6 +56,10 @@ class SparseWeight(Protocol):
         """The gradient of the loss at every position, as (first flat position, block (n,)) in ascending order."""
         ...
 
+    def grads_at(self, positions: Tensor) -> Tensor:
+        """The gradient of the loss at ascending flat `positions` (n,), active or not, (n,), at the cost of these."""
+        ...
+
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
         ...

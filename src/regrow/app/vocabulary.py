@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from regrow import allocation, methods, redistribution, schedules
-from regrow.drops import lowest, lowest_per_sign
-from regrow.method import Allocation, Drop, Method, Regrow, Statistic, Timing
-from regrow.methods.dynamic import Anneal
-from regrow.scores import magnitude
+from regrow import allocation, growth, methods, redistribution, schedules, scores
+from regrow.drops import lowest_per_sign
+from regrow.method import Allocation, Drop, Growth, Method, Score, Statistic
+from regrow.methods.dynamic import Anneal, smallest
 from regrow.validation import require_density
 
 T = TypeVar("T")
@@ -33,7 +32,10 @@ ANNEALS: dict[str, Anneal] = {
     "cosine": schedules.cosine,
     "inverse_power": schedules.inverse_power,
 }
-DROPS: dict[str, Drop] = {"magnitude": lowest(magnitude), "per_sign": lowest_per_sign}
+DROPS: dict[str, Drop] = {"magnitude": smallest, "per_sign": lowest_per_sign}
+GROWTHS: dict[str, Growth] = {"gradient": growth.highest(growth.gradient), "random": growth.at_random}
+SCORES: dict[str, Score] = {"magnitude": scores.magnitude, "saliency": scores.saliency, "random": scores.random}
+SWITCH = {"yes": True, "no": False}
 REDISTRIBUTIONS: dict[str, Statistic | None] = {
     "momentum": redistribution.mean_momentum,
     "magnitude": redistribution.mean_magnitude,
@@ -151,6 +153,9 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
     tables: list[tuple[Any, Mapping[str, Any]]] = [
         (Anneal, ANNEALS),
         (Drop, DROPS),
+        (Growth, GROWTHS),
+        (Score, SCORES),
+        (bool, SWITCH),
         (Statistic | None, REDISTRIBUTIONS),
     ]
     for kind, values in tables:
@@ -158,7 +163,7 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
             return partial(_choose, values), " | ".join(values)
     if hint == Allocation:
         return parse_allocation, " | ".join(ALLOCATIONS) + " | GLOB=DENSITY,...[,rest=NAME]"
-    if hint in (Regrow, Timing):
+    if get_origin(hint) is Literal:
         return partial(_choose, {word: word for word in get_args(hint)}), " | ".join(get_args(hint))
     for kind in (int, float):
         if hint in (kind, kind | None):
@@ -196,11 +201,11 @@ def _choose(values: Mapping[str, T], word: str) -> T:
 
 def _word(value: Any) -> Any:
     """The word that stands for a default value."""
-    for table in (ALLOCATIONS, ANNEALS, REDISTRIBUTIONS):
+    for table in (ALLOCATIONS, ANNEALS, DROPS, GROWTHS, SCORES, REDISTRIBUTIONS, SWITCH):
         for word, known in table.items():
             if known is value and value is not None:
                 return word
-    return "magnitude" if callable(value) else value
+    return value
 
 
 def _args_section(doc: str) -> dict[str, str]:

@@ -17,6 +17,9 @@ from regrow.validation import require_choice, require_density, require_fraction
 Anneal = Callable[[float, int, int], Schedule]
 """How the drop fraction moves: (first value, until, begin) -> schedule."""
 
+smallest: Drop = lowest(magnitude)
+"""Drop the smallest magnitudes."""
+
 
 def rigl(
     density: float | None,
@@ -53,7 +56,7 @@ def rigl(
     """
     _check("rigl", density, fraction, regrow_dropped, timing)
     grow = growth.highest(growth.gradient)
-    update = drop_and_grow(anneal(fraction, until, begin or 0), lowest(magnitude), grow, regrow_dropped=regrow_dropped)
+    update = drop_and_grow(anneal(fraction, until, begin or 0), smallest, grow, regrow_dropped=regrow_dropped)
     return Method(
         "rigl",
         starts.random_topology(density, allocate),
@@ -71,7 +74,7 @@ def set_(
     interval: int = 100,
     fraction: float = 0.3,
     anneal: Anneal = constant,
-    drop: Drop = lowest(magnitude),  # noqa: B008 - a value, like every other default
+    drop: Drop = smallest,
     allocate: Allocation = er,
     regrow_dropped: Regrow = "keep",
     timing: Timing = "after",
@@ -85,7 +88,7 @@ def set_(
         interval: optimizer steps between two updates; the paper rewires once an epoch.
         fraction: share of active entries dropped, in [0, 1] (the paper's zeta).
         anneal: how that share moves: `constant` as in the paper, `cosine`, `linear`, `inverse_power`.
-        drop: `lowest(magnitude)`, or `lowest_per_sign` as in the original code.
+        drop: `smallest` magnitudes, or `lowest_per_sign` as in the original code.
         allocate: how the active entries are shared among the weights at the start.
         regrow_dropped: "keep", "reset" or "forbid" entries that are dropped and would grow again at once.
         timing: the update comes "after" an optimizer step, as in the paper, or "instead" of one.
@@ -150,7 +153,7 @@ def snfs(
     if not 0 <= decay < 1:
         raise ValueError(f"snfs: decay must lie in [0, 1), got {decay:g}")
     grow = growth.highest(growth.momentum)
-    update = drop_and_grow(anneal(fraction, until, begin or 0), lowest(magnitude), grow, redistribute, regrow_dropped)
+    update = drop_and_grow(anneal(fraction, until, begin or 0), smallest, grow, redistribute, regrow_dropped)
     return Method(
         "snfs",
         starts.random_topology(density, allocate),

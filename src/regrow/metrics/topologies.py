@@ -19,10 +19,16 @@ class Exploration(NamedTuple):
 
     overall: float
     layers: dict[str, float]
+    bound: float
+    """What `overall` would be if every entry that became active had done so where none had been before; at most 1."""
+    bounds: dict[str, float]
+    """The same of each weight by name."""
 
 
 def exploration(sparsifier: Sparsifier) -> Exploration:
-    """R_s: entries that were ever active / all entries of the sparsified weights.
+    """R_s: entries that were ever active / all entries of the sparsified weights, with what it can be at most.
+
+    An update that grows k_l entries in weight l of N entries in all raises R_s by at most sum(k_l) / N.
 
     Raises:
         ValueError: when the method was not asked to keep track: give it `Need.EXPLORED`.
@@ -35,7 +41,14 @@ def exploration(sparsifier: Sparsifier) -> Exploration:
             f"{sparsifier.method.name} keeps no explored positions: use method._replace(needs=method.needs | "
             "Need.EXPLORED) and start it"
         )
-    return Exploration(overall, {w.name: float(w.state["explored"].double().mean()) for w in sparsifier.weights})
+    numel = {w.name: max(1, w.topology.numel) for w in sparsifier.weights}
+    placed = {w.name: min(int(w.state["placed"]), w.topology.numel) for w in sparsifier.weights}
+    return Exploration(
+        overall,
+        {w.name: float(w.state["explored"].double().mean()) if w.topology.numel else 0.0 for w in sparsifier.weights},
+        sum(placed.values()) / max(1, sparsifier.numel),
+        {name: placed[name] / n for name, n in numel.items()},
+    )
 
 
 def distance(a: Mapping[str, Topology], b: Mapping[str, Topology]) -> float:

@@ -346,11 +346,7 @@ class CompressedParameter:
         """
         if not self._materialized:
             return self.gradient().detach()[low:high].reshape(-1)
-        if not self.looked:
-            raise ValueError(
-                f"{self.weights[0].name}: the gradient at inactive positions is not kept here: declare it in the "
-                "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
-            )
+        self._require_kept()
         size = math.prod(self.shape[1:])
         if self._source.kept:
             rows = self._source.rows(low, high, size, self.parameter.dtype).view(-1)
@@ -359,8 +355,20 @@ class CompressedParameter:
         return self._mean(rows).mul_(self._factor / self._scale)
 
     def gradient_at(self, topology: Topology) -> Tensor:
-        """The gradient at the entries of a topology of the whole parameter, (nnz,); the mean over ranks."""
+        """The gradient at the entries of a topology of the whole parameter, (nnz,); the mean over ranks.
+
+        Raises:
+            ValueError: when what it is made of was not kept, as the method did not declare that it needs it.
+        """
+        self._require_kept()
         return self._sampled(topology, self._source).mul_(self._factor / self._scale)
+
+    def _require_kept(self) -> None:
+        if not self.looked:
+            raise ValueError(
+                f"{self.weights[0].name}: the gradient at inactive positions is not kept here: declare it in the "
+                "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
+            )
 
     def _sampled(self, topology: Topology, keeper: kernels.Keeper) -> Tensor:
         """As `gradient_at`, of the gradient as it was accumulated from what a keeper holds."""
@@ -502,6 +510,14 @@ class CompressedWeight:
         step = max(1, _BLOCK // size)
         for row in range(low, high, step):
             yield (row - low) * size, self.owner.gradient_rows(row, min(high, row + step))
+
+    def grads_at(self, positions: Tensor) -> Tensor:
+        """The gradient at ascending flat `positions` (n,), (n,)."""
+        low, high = self.rows
+        if not self.owner._materialized:
+            return self.owner.gradient_rows(low, high)[positions]
+        first = low * math.prod(self.shape[1:])
+        return self.owner.gradient_at(Topology(self.owner.shape, positions + first))
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""

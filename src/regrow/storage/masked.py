@@ -266,6 +266,11 @@ class MaskedWeight:
         """The gradient at every position, in one block."""
         yield 0, self._block(self.owner.everywhere())
 
+    def grads_at(self, positions: Tensor) -> Tensor:
+        """The gradient at ascending flat `positions` (n,), (n,)."""
+        block = self._block(self.owner.everywhere())
+        return block[positions.to(block.device)]
+
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
         if topology == self.topology:
