@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,10 +23,10 @@ from rich.table import Table
 from regrow import __version__
 from regrow.app import bench as benchmark
 from regrow.app import compare as comparison
-from regrow.app import folder
+from regrow.app import folder, recipes
 from regrow.app.config import Config
 from regrow.app.models import MODELS, Shape, build
-from regrow.app.vocabulary import RECIPES, known_options, options, paper, summary
+from regrow.app.vocabulary import AROUND, RECIPES, known_options, options, paper, summary
 from regrow.storages import Storage
 
 DENSITY = "0.1"
@@ -90,6 +91,7 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="How weights are held: masked as dense tensors with zeros, compressed as active values only.",
         ),
+        click.option("--weights", type=click.Path(), help="A saved model (model.safetensors) to begin with."),
         click.option("--epochs", type=float, help="Length of training; the default depends on the model."),
         click.option("--steps", type=int, help="Length of training in optimizer steps."),
         click.option("--batch", type=int, help="Examples per step."),
@@ -98,10 +100,10 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["sgd", "adam", "adamw"]),
             default="sgd",
             show_default=True,
-            help="sgd has Nesterov momentum.",
         ),
         click.option("--lr", type=float, help="Peak learning rate."),
         click.option("--momentum", type=float, help="Of sgd; default 0.9."),
+        click.option("--nesterov/--no-nesterov", default=True, show_default=True, help="Momentum of sgd looks ahead."),
         click.option("--weight-decay", type=float, help="L2 (sgd, adam) or decoupled (adamw)."),
         click.option(
             "--schedule",
@@ -139,6 +141,19 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _outer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that go around any method."""
+    for name, option in reversed(options(AROUND).items()):
+        default = "" if option.default is None else f" Default: {option.default}."
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            f"option_{name}",
+            metavar=_metavar(option.words),
+            help=_plain(option.help) + default,
+        )(command)
+    return command
+
+
 def _defaults(name: str, methods: list[str]) -> str:
     """An option's default, or those of its methods where they differ."""
     found = {m: d for m in methods if (d := options(m)[name].default) is not None}
@@ -164,7 +179,7 @@ def _plain(said: str) -> str:
 
 
 def _metavar(words: str) -> str:
-    return {"a number": "NUMBER", "an integer": "STEPS"}.get(words, words.replace(" ", ""))
+    return {"a number": "NUMBER", "an integer": "N"}.get(words, words.replace(" ", ""))
 
 
 @cli.command()
@@ -174,10 +189,18 @@ def _metavar(words: str) -> str:
     type=click.Path(path_type=Path),
     help="The run's folder; an interrupted run in it goes on. Default: runs/DATA-METHOD-seedN.",
 )
+@click.option("--recipe", help=f"Published settings: {', '.join(recipes.names())}; what else is given counts more.")
 @_shared_options
+@_outer_options
 @_method_options
-def train(method: str, out: Path | None, **given: Any) -> None:
+def train(method: str, out: Path | None, recipe: str | None, **given: Any) -> None:
     """Train one network and leave a folder with its record, result, model and pictures."""
+    context = click.get_current_context()
+    if recipe is not None:
+        settings = recipes.settings(recipe, steps=given["steps"], epochs=given["epochs"])
+        typed = {name for name in given if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+        method = method if context.get_parameter_source("method") == ParameterSource.COMMANDLINE else settings["method"]
+        given |= _unless_typed(settings, typed, given)
     config = _config(given, method)
     if "density" in known_options(method) and "density" not in config.options and not _is_explicit(config.options):
         config = replace(config, options={**config.options, "density": DENSITY})
@@ -202,6 +225,22 @@ def train(method: str, out: Path | None, **given: Any) -> None:
         )
     _show_result(result)
     _console.print(f"everything of this run is in {out}", highlight=False, soft_wrap=True)
+
+
+def _unless_typed(settings: Mapping[str, Any], typed: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's settings under the names of the command's parameters, without what was typed."""
+    if "data_dir" in typed:
+        typed = typed | {"data"}
+    found = {name if name in given else f"option_{name}": value for name, value in settings.items() if name != "method"}
+    return {
+        name: _as_word(value) if name.startswith("option_") else value
+        for name, value in found.items()
+        if name not in typed
+    }
+
+
+def _as_word(value: Any) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 @cli.command()
@@ -229,6 +268,7 @@ def train(method: str, out: Path | None, **given: Any) -> None:
     help="The comparison's folder; complete runs in it are kept. Default: runs/compare-DATA.",
 )
 @_shared_options
+@_outer_options
 @_method_options
 def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path | None, **given: Any) -> None:
     """Train several methods on the same data with equal steps and print one table."""
@@ -320,6 +360,11 @@ def list_methods() -> None:
             default = "" if option.default is None else f" (default {option.default})"
             text = f"    --{option.name.replace('_', '-')} {option.words}{default}"
             _console.print(text, highlight=False, markup=False)
+    _console.print("[bold]around any method[/]", highlight=False)
+    for option in options(AROUND).values():
+        default = "" if option.default is None else f" (default {option.default})"
+        text = f"    --{option.name.replace('_', '-')} {option.words}{default}"
+        _console.print(text, highlight=False, markup=False)
 
 
 def _config(given: dict[str, Any], method: str) -> Config:

@@ -18,7 +18,7 @@ from typing import Any
 
 from regrow.app import folder, loop, pictures
 from regrow.app.config import Config, resolved, write_text
-from regrow.app.vocabulary import RECIPES, options
+from regrow.app.vocabulary import AROUND, RECIPES, options
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ def plan(
     Raises:
         ValueError: for an unknown method, or an option that no method has.
     """
-    parsed = [_spec(spec) for spec in specs]
+    parsed, outer = [_spec(spec) for spec in specs], options(AROUND)
     for name in shared:
-        if not any(name in options(method) for method, _ in parsed):
+        if name not in outer and not any(name in options(method) for method, _ in parsed):
             raise ValueError(f"none of {', '.join(m for m, _ in parsed)} has an option {name}")
     jobs = []
     for (method, own), spec in zip(parsed, specs, strict=True):
         known = options(method)
         chosen = [None] if "density" not in known else [float(own["density"])] if "density" in own else densities
         for density in chosen:
-            given = {name: value for name, value in shared.items() if name in known} | own
+            given = {name: value for name, value in shared.items() if name in known or name in outer} | own
             given |= {} if density is None else {"density": str(density)}
             for seed in range(base.seed, base.seed + seeds):
                 name = spec.replace(":", "_").replace(",", "_").replace("=", "-")
@@ -160,6 +160,8 @@ def rows(results: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[Row]:
     groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for job, result in results:
         groups.setdefault((job.label, job.density), []).append(result)
+        for other, accuracy in result["also"].items():
+            groups.setdefault((f"{job.label} ({other})", job.density), []).append({**result, "accuracy": accuracy})
     return [_row(label, density, group) for (label, density), group in groups.items()]
 
 

@@ -26,12 +26,16 @@ class Config:
     only: tuple[str, ...] = ()
     budget: str = "sparsified"
     storage: str = "masked"
+    weights: str | None = None
+    """A saved model whose values the network begins with."""
     epochs: float | None = None
     steps: int | None = None
     batch: int | None = None
     optimizer: str = "sgd"
     lr: float | None = None
     momentum: float | None = None
+    nesterov: bool = True
+    """Whether momentum of sgd looks ahead."""
     weight_decay: float | None = None
     schedule: str = "cosine"
     warmup: int = 0

@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,22 +31,26 @@ from regrow.app import data as datasets
 from regrow.app import models, pictures
 from regrow.app.config import Config, write_text
 from regrow.app.machine import versions
-from regrow.app.vocabulary import make
+from regrow.app.procedures import Around, Plain, Procedure, procedure
+from regrow.app.vocabulary import STARTS, make, parsed, parsed_around
 from regrow.atomic import replacing
-from regrow.method import Method, Need
+from regrow.method import Method, Need, Start
 from regrow.metrics.flops import Flops
 from regrow.sparsifier import Sparsifier
+from regrow.starts import given
 from regrow.storages import Storage
 from regrow.streams import Stream
 from regrow.topology import Topology
 
 CHECKPOINT_SECONDS = 30.0
 RECORDS = 200
+START_BATCHES = 10
+TRAIN_CHUNK = 1000
 MAPS = 24
 COLOURS = 3
 """Channels of photographs, which may be flipped; digits and letters may not."""
 
-Report = Callable[[dict[str, float]], None]
+Report = Callable[[dict[str, Any]], None]
 """Called with the newest record, for progress."""
 
 
@@ -87,6 +92,7 @@ class Run:
     seconds: float = 0.0
     done: int = 0
     meter: Meter = field(default_factory=Meter)
+    procedure: Procedure = field(default_factory=lambda: Plain(0))
 
     def checkpoint(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -99,6 +105,7 @@ class Run:
             "spent": self.spent,
             "seconds": self.seconds,
             "meter": vars(self.meter).copy(),
+            "procedure": self.procedure.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -109,6 +116,7 @@ class Run:
         self.sparsifier.load_state_dict(state["sparsifier"])
         self.done, self.spent, self.seconds = state["done"], state["spent"], state["seconds"]
         vars(self.meter).update(state["meter"])
+        self.procedure.load_state_dict(state["procedure"])
 
 
 def build(config: Config, data: datasets.Data) -> Run:
@@ -121,11 +129,15 @@ def build(config: Config, data: datasets.Data) -> Run:
 
     if config.optimizer not in ("sgd", "adam", "adamw"):
         raise ValueError(f"there is no optimizer {config.optimizer!r}: choose sgd, adam, adamw")
-    method = make(config.method, config.options, config.steps)
+    outer, own = parsed_around(config.options), parsed(config.method, config.options)
+    around = procedure(config.method, own, outer, config.steps, config.seed)
+    method = around.method(make(config.method, config.options, around.horizon))
     width = _small_width(network, config) if config.method == "small_dense" else 1.0
     model = network(width)
+    known = regrow.load(config.weights, model) if config.weights else None
+    method = method._replace(start=_start(outer, own, method, known))
     optimizer = _optimizer(config, model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config, around))
     storage = storage_for(config, method)
     if storage == "masked":
         # A record of every position, which the other storages exist to avoid.
@@ -141,8 +153,38 @@ def build(config: Config, data: datasets.Data) -> Run:
         only=config.only or None,
         budget=_budget(config),
         seed=config.seed,
+        **_first_batches(outer, method, config, data),
     )
-    return Run(config, config.steps, model, optimizer, scheduler, sparsifier, forward, baseline)
+    return Run(config, around.steps, model, optimizer, scheduler, sparsifier, forward, baseline, procedure=around)
+
+
+def _start(outer: Around, own: Mapping[str, Any], method: Method, known: Mapping[str, Topology] | None) -> Start:
+    """The start that the options ask for: the method's own, a file's topologies, or the pruned values of the model."""
+    if outer.start == "method":
+        return method.start
+    if outer.start == "file":
+        if known is None:
+            raise ValueError("--start file takes the topologies of a file: give it as --weights")
+        return given(known)
+    density = own.get("init_density", own.get("density"))
+    if density is None or method.start.needs_gradient or method.start.needs_batches:
+        raise ValueError(f"{method.name} cannot begin by --start {outer.start}: it needs a density and no other start")
+    return STARTS[outer.start](density)
+
+
+def _first_batches(outer: Around, method: Method, config: Config, data: datasets.Data) -> dict[str, Any]:
+    """Batches and loss for a start that reads gradients, where it does not take the first step's."""
+    start, count = method.start, outer.start_batches
+    if not (start.needs_batches or start.needs_gradient):
+        if count is not None:
+            raise ValueError(f"{method.name} reads no gradient at its start: leave out --start-batches")
+        return {}
+    if not start.needs_batches and count is None:
+        return {}
+    images = datasets.normalize(data).train_x if data.train_x.dtype == torch.uint8 else data.train_x
+    order = datasets.batches(len(data.train_y), int(config.batch or 1), config.seed, 0)
+    batches = [(images[index], data.train_y[index]) for index in islice(order, count or START_BATCHES)]
+    return {"batches": batches, "loss": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])}
 
 
 def storage_for(config: Config, method: Method) -> Storage:
@@ -177,13 +219,16 @@ def _optimizer(config: Config, model: nn.Module) -> Optimizer:
     decay, parameters = config.weight_decay, model.parameters()
     if config.optimizer == "sgd":
         momentum = config.momentum or 0.0
-        return torch.optim.SGD(parameters, config.lr, momentum, weight_decay=decay, nesterov=momentum > 0)
+        return torch.optim.SGD(
+            parameters, config.lr, momentum, weight_decay=decay, nesterov=config.nesterov and momentum > 0
+        )
     make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return make(parameters, config.lr, weight_decay=decay)
 
 
-def _lr_schedule(config: Config) -> Callable[[int], float]:
-    steps, warmup = int(config.steps or 1), config.warmup
+def _lr_schedule(config: Config, around: Procedure) -> Callable[[int], float]:
+    """The factor of the learning rate after so many steps; a procedure may say the rate itself."""
+    steps, warmup, peak = around.span, config.warmup, config.lr or 1.0
     shapes: dict[str, Callable[[float], float]] = {
         "constant": lambda p: 1.0,
         "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
@@ -192,7 +237,12 @@ def _lr_schedule(config: Config) -> Callable[[int], float]:
     if config.schedule not in shapes:
         raise ValueError(f"there is no schedule {config.schedule!r}: choose {', '.join(shapes)}")
     shape = shapes[config.schedule]
-    return lambda step: min(1.0, (step + 1) / (warmup + 1)) * shape(min(step / steps, 1.0))
+
+    def factor(step: int) -> float:
+        rate = around.lr(step + 1)
+        return min(1.0, (step + 1) / (warmup + 1)) * shape(min(step / steps, 1.0)) if rate is None else rate / peak
+
+    return factor
 
 
 def step_flops(run: Run) -> float:
@@ -217,46 +267,63 @@ def forward_flops(run: Run) -> float:
 def train(run: Run, data: datasets.Data, folder: Path, report: Report) -> Iterator[None]:
     """Train on normalized `data` to the last step, yielding after each; records and checkpoints go to `folder`."""
     batch = int(run.config.batch or 1)
-    per_epoch = len(data.train_y) // batch
     meter, maps = run.meter, Maps(run, data, folder)
     every = max(1, run.steps // RECORDS)
     cost = step_flops(run)
     began = saved = time.monotonic()
     before = run.seconds
     run.model.train()
+    orders = Orders(len(data.train_y), batch, run.config.seed)
+    if run.done == 0:
+        run.procedure.after(0, run.sparsifier, run.scheduler)
     with (folder / "metrics.jsonl").open("a", buffering=1) as log, interruptible() as interrupted:
         while run.done < run.steps:
-            epoch = run.done // per_epoch
-            order = list(datasets.batches(len(data.train_y), batch, run.config.seed, epoch))
-            for index in order[run.done % per_epoch :]:
-                images = _augmented(data.train_x[index], run) if run.config.augment else data.train_x[index]
-                changes = run.sparsifier.due
-                cost = step_flops(run) if changes or run.done == 0 else cost
-                run.optimizer.zero_grad()
-                logits = run.model(images)
-                loss = F.cross_entropy(logits, data.train_y[index])
-                loss.backward()  # type: ignore[no-untyped-call]
-                run.optimizer.step()
-                run.scheduler.step()
-                run.spent += cost
-                cost = step_flops(run) if changes else cost
-                run.done += 1
-                meter.add(loss, logits, data.train_y[index])
-                maps.see(run)
-                if run.done % every == 0 or run.done == run.steps:
-                    record = _record(run, meter)
-                    log.write(json.dumps(record) + "\n")
-                    report(record)
-                run.seconds = before + time.monotonic() - began
-                if interrupted() or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    save_checkpoint(run, maps, folder)
-                    saved = time.monotonic()
-                if interrupted():
-                    raise KeyboardInterrupt
-                yield
-                if run.done == run.steps:
-                    break
+            index = orders.batch(run.procedure.place(run.done))
+            images = _augmented(data.train_x[index], run) if run.config.augment else data.train_x[index]
+            changes = run.sparsifier.due
+            cost = step_flops(run) if changes or run.done == 0 else cost
+            run.optimizer.zero_grad()
+            logits = run.model(images)
+            loss = F.cross_entropy(logits, data.train_y[index])
+            loss.backward()  # type: ignore[no-untyped-call]
+            run.optimizer.step()
+            run.scheduler.step()
+            run.spent += cost
+            cost = step_flops(run) if changes else cost
+            run.done += 1
+            held = run.sparsifier.nnz
+            run.procedure.after(run.done, run.sparsifier, run.scheduler)
+            cost = cost if run.sparsifier.nnz == held else step_flops(run)
+            meter.add(loss, logits, data.train_y[index])
+            maps.see(run)
+            if run.done % every == 0 or run.done == run.steps:
+                record = _record(run, meter)
+                log.write(json.dumps(record) + "\n")
+                report(record)
+            run.seconds = before + time.monotonic() - began
+            if interrupted() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(run, maps, folder)
+                saved = time.monotonic()
+            if interrupted():
+                raise KeyboardInterrupt
+            yield
     save_checkpoint(run, maps, folder)
+
+
+class Orders:
+    """The batch of each step: every epoch has an order of its own."""
+
+    def __init__(self, n: int, batch: int, seed: int) -> None:
+        self.n, self.size, self.seed = n, batch, seed
+        self.epoch = -1
+        self.order: list[Tensor] = []
+
+    def batch(self, place: int) -> Tensor:
+        """Indices of the examples of the step that `place` steps lie before, (batch,)."""
+        epoch, at = divmod(place, self.n // self.size)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, list(datasets.batches(self.n, self.size, self.seed, epoch))
+        return self.order[at]
 
 
 @contextmanager
@@ -288,20 +355,29 @@ def _augmented(images: Tensor, run: Run) -> Tensor:
     return datasets.augment(images, generator, pad=4, flip=images.shape[1] == COLOURS)
 
 
-def _record(run: Run, meter: Meter) -> dict[str, float]:
+def _record(run: Run, meter: Meter) -> dict[str, Any]:
     loss, accuracy = meter.take()
     if not math.isfinite(loss):
         raise ValueError(
             f"training diverged: the loss is {loss} at step {run.done:,}; lower --lr (now {run.config.lr})"
         )
-    explored = run.sparsifier.explored
+    known = metrics.exploration(run.sparsifier) if run.sparsifier.started and run.sparsifier.explored else None
     return {
         "step": run.done,
         "loss": loss,
         "accuracy": accuracy,
         "density": run.sparsifier.density,
-        **({} if explored is None else {"explored": explored}),
+        **({} if known is None else _explored(known)),
         "lr": float(run.scheduler.get_last_lr()[0]),
+    }
+
+
+def _explored(known: metrics.Exploration) -> dict[str, Any]:
+    """R_s overall and of each layer, with what it can be at most."""
+    return {
+        "explored": known.overall,
+        "explored_bound": known.bound,
+        "explored_layers": {name: [rate, known.bounds[name]] for name, rate in known.layers.items()},
     }
 
 
@@ -380,17 +456,30 @@ def _step_of(line: str) -> int | None:
         return None
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Accuracy on x (n, c, h, w), y (n,)."""
-    model.eval()
-    parts = range(0, len(y), 1000)
-    correct = sum(int((model(x[i : i + 1000]).argmax(1) == y[i : i + 1000]).sum()) for i in parts)
-    return correct / len(y)
+class TestSet:
+    """A `Judge` on normalized test images."""
+
+    def __init__(self, model: nn.Module, data: datasets.Data) -> None:
+        self.model, self.x, self.y = model, data.test_x, data.test_y
+
+    @torch.no_grad()
+    def probabilities(self) -> Tensor:
+        """What the model makes of the test set, (n, classes)."""
+        self.model.eval()
+        parts = [self.model(self.x[i : i + 1000]).softmax(1) for i in range(0, len(self.y), 1000)]
+        return torch.cat(parts)
+
+    def accuracy(self, probabilities: Tensor) -> float:
+        """The share of the test set that `probabilities` (n, classes) get right."""
+        return int((probabilities.argmax(1) == self.y).sum()) / len(self.y)
 
 
 def result(run: Run, data: datasets.Data) -> dict[str, Any]:
-    """What is reported of the final step's model; the only place where the (normalized) test set is read."""
+    """What is reported in the end; the only place where the (normalized) test set is read, once by each model."""
+    judge = TestSet(run.model, data)
+    images = (data.train_x[i : i + TRAIN_CHUNK] for i in range(0, len(data.train_y), TRAIN_CHUNK))
+    also = run.procedure.conclude(run.sparsifier, images, judge)
+    accuracy = judge.accuracy(judge.probabilities())
     sparse = forward_flops(run)
     layers = {
         name: {"shape": list(t.shape), "nnz": t.nnz, "numel": t.numel} for name, t in run.sparsifier.topologies.items()
@@ -402,7 +491,8 @@ def result(run: Run, data: datasets.Data) -> dict[str, Any]:
         "storage": storage_for(run.config, run.sparsifier.method),
         "seed": run.config.seed,
         "steps": run.steps,
-        "accuracy": evaluate(run.model, data.test_x, data.test_y),
+        "accuracy": accuracy,
+        "also": also,
         "density": run.sparsifier.density,
         "nnz": run.sparsifier.nnz,
         "numel": run.sparsifier.numel,

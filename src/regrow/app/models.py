@@ -36,8 +36,8 @@ def build(
     """Build a named model that maps images (n, c, h, w) to logits (n, classes), with He initialisation.
 
     ``input_shape`` is (c, h, w) in pixels. ``width`` multiplies every hidden width (truncated, at least 1)
-    and leaves input and classes alone: a small dense baseline. ``hidden`` gives the widths of ``mlp``, before
-    ``width``. With ``seed`` the values are the same on every device and the global random state is left as it
+    and leaves input and classes alone: a small dense baseline. ``hidden`` gives the widths of ``mlp`` and ``convnet``,
+    before ``width``. With ``seed`` the values are the same on every device and the global random state is left as it
     was; without, they come from the global CPU state. Inside ``torch.device("meta")`` nothing is allocated.
 
     Raises ValueError for an unknown name, a shape or number of classes below 1, a ``width`` that is not
@@ -180,8 +180,60 @@ class WideResNet(nn.Module):
         return logits
 
 
+def _plain_convolutions(shape: Shape, classes: int, widths: tuple[int, ...]) -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, (inputs, outputs) in enumerate(pairwise((shape[0], *widths)), start=1):
+        layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, stride=1 if i == 1 else 2, padding=1, bias=False)
+        layers[f"bn{i}"] = nn.BatchNorm2d(outputs)
+        layers[f"relu{i}"] = nn.ReLU()
+    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(widths[-1], classes))
+    return nn.Sequential(layers)
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions, each before batch norm, around which the input is carried.
+
+    Maps (n, inputs, h, w) to (n, outputs, h / stride, w / stride), rounded up; where the shape changes, a 1 x 1
+    convolution and batch norm take the place of the identity. Raises RuntimeError for another number of channels.
+
+    >>> Bottleneck(4, 2, 8, stride=2)(torch.zeros(2, 4, 6, 6)).shape
+    torch.Size([2, 8, 3, 3])
+    """
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module | None = None
+        if inputs != outputs or stride != 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def _resnet_50(shape: Shape, classes: int, widths: tuple[int, ...]) -> nn.Module:
+    stem, *inner = widths
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=nn.Conv2d(shape[0], stem, 3, padding=1, bias=False), bn=nn.BatchNorm2d(stem), relu=nn.ReLU()
+    )
+    inputs = stem
+    for g, (width, depth) in enumerate(zip(inner, (3, 4, 6, 3), strict=True), start=1):
+        for b in range(1, depth + 1):
+            layers[f"group{g}_block{b}"] = Bottleneck(inputs, width, 4 * width, 2 if g > 1 and b == 1 else 1)
+            inputs = 4 * width
+    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(inputs, classes))
+    return nn.Sequential(layers)
+
+
 MODELS: dict[str, Model] = {
     "mlp": Model((256, 256), True, _perceptron),
     "lenet-300-100": Model((300, 100), False, _perceptron),
+    "convnet": Model((32, 64, 128, 256), True, _plain_convolutions),
     "wrn-22-2": Model((16, 32, 64, 128), False, _wide_resnet),
+    "resnet-50": Model((64, 64, 128, 256, 512), False, _resnet_50),
 }

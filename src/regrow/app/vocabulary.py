@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from regrow import allocation, growth, methods, redistribution, schedules, scores
-from regrow.drops import lowest_per_sign
-from regrow.method import Allocation, Drop, Growth, Method, Score, Statistic
+from regrow import allocation, drops, growth, methods, redistribution, schedules, scores, starts
+from regrow.app.procedures import Around, around
+from regrow.method import Allocation, Drop, Growth, Method, Score, Start, Statistic
 from regrow.methods.dynamic import Anneal, smallest
+from regrow.methods.gradual import cosine_to_half_percent
+from regrow.methods.rewiring import sampled_gradient
 from regrow.validation import require_density
 
 T = TypeVar("T")
@@ -31,15 +33,46 @@ ANNEALS: dict[str, Anneal] = {
     "linear": schedules.linear,
     "cosine": schedules.cosine,
     "inverse_power": schedules.inverse_power,
+    "cosine_to_0.005": cosine_to_half_percent,
 }
-DROPS: dict[str, Drop] = {"magnitude": smallest, "per_sign": lowest_per_sign}
-GROWTHS: dict[str, Growth] = {"gradient": growth.highest(growth.gradient), "random": growth.at_random}
-SCORES: dict[str, Score] = {"magnitude": scores.magnitude, "saliency": scores.saliency, "random": scores.random}
+DROPS: dict[str, Drop] = {
+    "magnitude": smallest,
+    "per_sign": drops.lowest_per_sign,
+    "threshold": drops.adaptive_threshold(),
+    "taylor": drops.lowest(scores.taylor),
+    "global_magnitude": drops.lowest_globally(scores.magnitude),
+    "random": drops.lowest(scores.random),
+}
+GROWTHS: dict[str, Growth] = {
+    "gradient": growth.by_gradient,
+    "random": growth.at_random,
+    "momentum": growth.by_momentum,
+    "momentum_neuron": growth.by_momentum_per_neuron,
+    "unexplored_first": growth.unexplored_first,
+    "mixed": growth.half_by_gradient,
+    "sampled": sampled_gradient(1.0),
+}
+SCORES: dict[str, Score] = {
+    "magnitude": scores.magnitude,
+    "saliency": scores.saliency,
+    "taylor": scores.taylor,
+    "random": scores.random,
+}
 SWITCH = {"yes": True, "no": False}
+STARTS: dict[str, Callable[[float], Start]] = {
+    "prune_uniform": starts.prune_uniform,
+    "prune_global": starts.prune_global,
+    "prune_structured": starts.prune_structured,
+    "prune_and_grow_uniform": starts.prune_and_grow_uniform,
+    "prune_and_grow_global": starts.prune_and_grow_global,
+    "prune_and_grow_structured": starts.prune_and_grow_structured,
+}
+"""Starts from a trained model, by density."""
 REDISTRIBUTIONS: dict[str, Statistic | None] = {
     "momentum": redistribution.mean_momentum,
     "magnitude": redistribution.mean_magnitude,
     "nonzeros": redistribution.nonzeros,
+    "survivors": redistribution.survivors,
     "none": None,
 }
 
@@ -57,11 +90,46 @@ def small_dense(density: float | None, *, allocate: Allocation = allocation.erk)
     return methods.dense()._replace(name="small_dense")
 
 
-RECIPES: dict[str, Callable[..., Method]] = {**methods.RECIPES, "small_dense": small_dense}
+def lottery(
+    density: float | None,
+    *,
+    rounds: int = 5,
+    rewind_to: int = 0,
+    control: Literal["none", "shuffled", "reinitialized"] = "none",
+) -> Method:
+    """Lottery tickets: train dense, prune the smallest magnitudes, rewind, and train again, round by round.
+
+    Args:
+        density: active share of the winning ticket, in (0, 1].
+        rounds: how often the network is pruned, each time to the same share of what is left.
+        rewind_to: optimizer step to which values, optimizer and learning rate go back; 0 is the initialization.
+        control: what the last round trains instead of the ticket: the same counts at "shuffled" positions, or the same
+            positions with "reinitialized" values.
+
+    Source: Frankle and Carbin 2019, The Lottery Ticket Hypothesis, section 2; Frankle et al. 2020, Linear Mode
+    Connectivity and the Lottery Ticket Hypothesis, Algorithm 2. Each of the rounds + 1 trainings takes the run's steps.
+    """
+    if density is None:
+        raise ValueError("lottery: give a density: it has no allocation that says one")
+    require_density("lottery", density)
+    if rounds < 1 or rewind_to < 0:
+        raise ValueError(f"lottery: rounds must be at least 1 and rewind_to at least 0, got {rounds} and {rewind_to}")
+    return methods.dense()._replace(name="lottery")
+
+
+RECIPES: dict[str, Callable[..., Method]] = {**methods.RECIPES, "small_dense": small_dense, "lottery": lottery}
 """Everything that `--method` accepts."""
 
-FILLED_IN = {"until": "three quarters of the run"}
-"""Options that `make` fills in where they are not given."""
+WHOLE_RUN = frozenset({"itop_set", "itop_rigl", "granet", "granet_uniform"})
+"""Methods whose updates go on to the end of a run."""
+
+AROUND = "around"
+"""The name under which `options` lists what goes around any method."""
+
+
+def until(method: str) -> str:
+    """When the updates of a method end where `until` is not given."""
+    return "the whole run" if method in WHOLE_RUN else "three quarters of the run"
 
 
 @dataclass(frozen=True)
@@ -78,15 +146,15 @@ class Option:
 
 
 def options(method: str) -> dict[str, Option]:
-    """The options of a method, read from its signature and its docstring's Args section."""
-    recipe = RECIPES[method]
+    """The options of a method, or of what goes `AROUND` any, read from signature and the docstring's Args section."""
+    recipe = around if method == AROUND else RECIPES[method]
     hints = get_type_hints(recipe)
     said = _args_section(inspect.getdoc(recipe) or "")
     found = {}
     for name, parameter in inspect.signature(recipe).parameters.items():
         parse, words = _parser(hints[name])
         default = None if parameter.default is parameter.empty else _word(parameter.default)
-        found[name] = Option(name, parse, words, said.get(name, ""), FILLED_IN.get(name, default))
+        found[name] = Option(name, parse, words, said.get(name, ""), until(method) if name == "until" else default)
     return found
 
 
@@ -103,21 +171,18 @@ def summary(method: str) -> str:
 
 
 def make(method: str, given: Mapping[str, str], steps: int) -> Method:
-    """The method with options as typed; `until`, where it is needed and not given, is three quarters of `steps`.
+    """The method with options as typed; `until`, where it is needed and not given, is a share of `steps`.
 
     Raises:
         ValueError: for an unknown method or option, or a value that does not parse, naming what there is.
     """
     known = known_options(method)
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{method} has no option {name}: it has {', '.join(known) or 'none'}")
-    values = {name: _parsed(method, known[name], text) for name, text in given.items()}
+    values = parsed(method, given)
     if "until" in known and "until" not in values:
-        values["until"] = max(1, steps * 3 // 4)
+        values["until"] = max(1, steps if method in WHOLE_RUN else steps * 3 // 4)
     if "density" in known and "density" not in values:
         values["density"] = None
-    if values.get("until", 0) > steps:
+    if (values.get("until") or 0) > steps:
         raise ValueError(
             f"{method}: until is {values['until']:,}, after the run's last step {steps:,}: lower it or train longer"
         )
@@ -126,8 +191,31 @@ def make(method: str, given: Mapping[str, str], steps: int) -> Method:
         return RECIPES[method](*density, **values)
     except ValueError as error:
         filled = "until" in known and "until" not in given
-        note = f" (until is three quarters of the {steps:,} steps where it is not given)" if filled else ""
+        note = f" (until is {until(method)}, of {steps:,} steps, where it is not given)" if filled else ""
         raise ValueError(f"{error}{note}") from None
+
+
+def parsed(method: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """The method's own options among those given, as values; the others must be of what goes around it.
+
+    Raises:
+        ValueError: for an unknown method or option, or a value that does not parse, naming what there is.
+    """
+    known = known_options(method)
+    for name in given:
+        if name not in known and name not in options(AROUND):
+            raise ValueError(f"{method} has no option {name}: it has {', '.join(known) or 'none'}")
+    return {name: _parsed(method, known[name], text) for name, text in given.items() if name in known}
+
+
+def parsed_around(given: Mapping[str, str]) -> Around:
+    """What goes around the method, from the options given; those of the method are skipped.
+
+    Raises:
+        ValueError: for a value that does not parse or options that contradict each other.
+    """
+    known = options(AROUND)
+    return around(**{name: _parsed(AROUND, known[name], text) for name, text in given.items() if name in known})
 
 
 def known_options(method: str) -> dict[str, Option]:
@@ -165,9 +253,9 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
         return parse_allocation, " | ".join(ALLOCATIONS) + " | GLOB=DENSITY,...[,rest=NAME]"
     if get_origin(hint) is Literal:
         return partial(_choose, {word: word for word in get_args(hint)}), " | ".join(get_args(hint))
-    for kind in (int, float):
+    for kind, words in ((int, "an integer"), (float, "a number"), (str, "a name")):
         if hint in (kind, kind | None):
-            return kind, "an integer" if kind is int else "a number"
+            return kind, words
     raise TypeError(f"the command line has no words for options of type {hint}: add them to regrow.app.vocabulary")
 
 
