@@ -22,8 +22,10 @@ from regrow.allocation import (
     erk_power,
     explicit,
     globally,
+    last_at_least,
     matches,
     proportional,
+    require_last,
     uniform,
 )
 from regrow.method import Allocation
@@ -302,6 +304,80 @@ def test_at_least_keeps_the_total(table: dict[str, tuple[int, ...]], minimum: in
         given_out = counts(at_least(minimum, erk), table, density)
         assert sum(given_out.values()) == total
         assert all(given_out[k] >= floors[k] for k in table)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.19, 0.2, 0.21, 0.5, 1.0])
+def test_the_last_layer_at_a_fifth_is_gales_rule(density: float) -> None:
+    """s' = 1 - (P (1 - s) - 0.2 P_fc) / (P - P_fc) for the others from a sparsity of 0.8 on, the same for all below."""
+    table = {"a": (300, 784), "b": (100, 300), "head": (10, 100)}
+    found = counts(last_at_least(0.2, None, uniform), table, density)
+    everything, last = 300 * 784 + 100 * 300 + 1000, 1000
+    sparsity = 1 - density
+    others = 1 - (everything * (1 - sparsity) - 0.2 * last) / (everything - last) if sparsity >= 0.8 else sparsity
+    assert found["head"] == pytest.approx(max(0.2, density) * last, abs=1)
+    for name in ("a", "b"):
+        assert found[name] == pytest.approx((1 - others) * math.prod(table[name]), abs=1)
+    assert sum(found.values()) == math.floor(density * everything + 0.5)
+
+
+@given(shapes, st.floats(0, 1), st.floats(0.01, 1), st.sampled_from([uniform, erk, er, erk_power(0.5)]))
+def test_the_last_layer_never_falls_below_and_the_total_stays(
+    table: dict[str, tuple[int, ...]], least: float, density: float, allocate: Allocation
+) -> None:
+    sizes = {k: math.prod(s) for k, s in table.items()}
+    last = list(table)[-1]
+    total, floor = (math.floor(d * n + 0.5) for d, n in ((density, sum(sizes.values())), (least, sizes[last])))
+    if floor > total or (floor == total and len(table) > 1):
+        with pytest.raises(ValueError, match=f"makes {floor:,} entries of {total:,} in all"):
+            counts(last_at_least(least, None, allocate), table, density)
+        return
+    free, found = (counts(a, table, density) for a in (allocate, last_at_least(least, None, allocate)))
+    assert sum(found.values()) == total
+    assert found[last] == max(floor, free[last])
+    others = {k: s for k, s in table.items() if k != last}
+    if free[last] >= floor:
+        assert found == free
+    elif others:
+        assert list(found.values())[:-1] == allocate([weight(k, s) for k, s in others.items()], None, total - floor)
+
+
+def test_any_layer_may_be_held_and_any_ranking_used() -> None:
+    scores = [torch.tensor([9.0, 8.0, 7.0, 6.0]), torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.5, 5.0])]
+    weights = shape_only([4, 4, 2])
+    assert last_at_least(0.5, "w1", globally)(weights, scores, 5) == [3, 2, 0]
+    assert last_at_least(0.5, None, globally)(weights, scores, 4) == [3, 0, 1]
+    assert last_at_least(0.5, "w[01]", globally)(weights, scores, 6) == [4, 2, 0]
+    assert last_at_least(0.5, None, globally)(weights, scores, 8) == globally(weights, scores, 8)
+
+
+def test_the_last_layer_holds_at_most_what_is_active_there() -> None:
+    sparse = Shaped("head", (4, 5), Topology((4, 5), torch.arange(3)))
+    assert last_at_least(0.5, None, uniform)([weight("a", (4, 5)), sparse], None, 12) == [9, 3]
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1, float("nan")])
+def test_the_last_density_must_be_one(density: float) -> None:
+    with pytest.raises(ValueError, match=rf"density of the last layer must lie in \[0, 1\], got {density:g}"):
+        last_at_least(density, None, uniform)
+
+
+def test_a_last_layer_that_does_not_exist_or_takes_all_is_refused() -> None:
+    weights = shape_only([10, 4])
+    with pytest.raises(ValueError, match="'head' matches none of the weights w0, w1"):
+        require_last(0.1, "head", weights, 5)
+    with pytest.raises(ValueError, match="density 1 of w1 makes 4 entries of 4 in all, which leaves none for the"):
+        require_last(1.0, None, weights, 4)
+    with pytest.raises(ValueError, match="density 1 of w0, w1 makes 14 entries of 13 in all: lower it"):
+        require_last(1.0, "w*", weights, 13)
+    require_last(1.0, "w*", weights, 14)
+    require_last(1.0, None, weights, 5)
+
+
+def test_ten_thousand_places_are_apportioned_at_once(alarm: None) -> None:
+    """Growth per neuron shares among as many places as a layer has neurons, one after another full."""
+    shares = [1.0 + (i * 7919 % 1000) for i in range(10_000)]
+    found = apportion(shares, 300_000, [40 + i % 3 for i in range(10_000)])
+    assert sum(found) == 300_000
 
 
 def test_explicit_gives_what_it_says_and_rest_shares_the_remainder() -> None:

@@ -265,7 +265,8 @@ def test_biases_and_norms_are_never_masked(method: str):
     after = others(run)
     assert len(small) == 7
     for name in small - {"0.bias", "3.bias"}:
-        assert (after[name] != before[name]).all(), name
+        trained = after[name] != before[name]
+        assert trained.any() if METHODS[method].severs else trained.all(), name
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -16,6 +16,7 @@ from regrow.streams import Stream
 WORD = 2**64 - 1
 
 GOLDEN = """
+import numpy as np
 import torch
 from torch import nn
 import regrow
@@ -27,6 +28,8 @@ print(Stream(0, "fc.weight", 100).integers(1000, 6).tolist())
 print(Stream(7, "a.b", 3).uniform(3).tolist())
 print(Stream(0, "fc.weight", 100).subset(50, 8).tolist())
 print(Stream(1, "fc.weight", 0).subset(12, 9).tolist())
+print(Stream(0, "fc.weight", 100).normal(3).tolist())
+print(Stream(0, "fc.weight", 100).signs(np.arange(16)).tolist())
 for topology in sparsifier.topologies.values():
     print(topology.indices.tolist())
 """
@@ -36,6 +39,8 @@ PRINTED = """\
 [0.664107579128688, 0.31090125671586477, 0.02556277074199098]
 [4, 11, 15, 23, 27, 30, 39, 46]
 [0, 1, 3, 4, 5, 6, 7, 10, 11]
+[-0.97528076171875, 0.578033447265625, 0.458770751953125]
+[1, 1, -1, -1, 1, 1, 1, -1, 1, 1, -1, 1, 1, -1, -1, -1]
 """
 
 
@@ -66,8 +71,8 @@ def golden_lines(hash_seed: str) -> list[str]:
 def test_draws_are_the_same_in_every_process() -> None:
     """Property 18: identical across processes and PYTHONHASHSEED; a change of any stream is noticed here."""
     lines = golden_lines("1234")
-    assert "".join(lines[:4]) == PRINTED
-    assert lines[4:] == ["[0, 1, 2, 9, 20, 22, 24, 25]\n", "[3, 10, 14, 15, 17, 18, 19]\n"]
+    assert "".join(lines[:6]) == PRINTED
+    assert lines[6:] == ["[0, 1, 2, 9, 20, 22, 24, 25]\n", "[3, 10, 14, 15, 17, 18, 19]\n"]
 
 
 @given(st.integers(0, 2**40), st.text(max_size=12), st.integers(0, 10**9), st.integers(1, 40))
@@ -123,3 +128,52 @@ def test_successive_draws_of_one_stream_differ() -> None:
 def test_an_impossible_subset_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match=rf"a subset of 10 members cannot have {count}: ask for 0 to 10"):
         Stream(0, "w", 0).subset(10, count)
+
+
+@given(st.integers(0, 2**40), st.text(max_size=12), st.integers(0, 10**9), st.integers(0, 40))
+def test_normal_draws_are_sums_of_the_words_sixteen_bit_parts(seed: int, name: str, step: int, count: int) -> None:
+    words = philox(key(seed, name, step), 3 * count)
+    parts = [w >> shift & 0xFFFF for w in words for shift in (0, 16, 32, 48)]
+    sums = [sum(parts[12 * i : 12 * i + 12]) for i in range(count)]
+    assert Stream(seed, name, step).normal(count).tolist() == [(s - 6 * 0xFFFF) / 2**16 for s in sums]
+
+
+def test_normal_draws_have_the_moments_that_they_claim() -> None:
+    """Mean 0, variance 1, fourth moment 2.9, and the tails of a normal law within sampling error."""
+    draws = Stream(0, "w", 0).normal(200_000)
+    assert [float((draws**k).mean()) for k in (1, 2, 3, 4)] == pytest.approx([0, 1, 0, 2.9], abs=0.03)
+    for x, beyond in ((1, 0.3173), (2, 0.0455), (3, 0.0027)):
+        assert (np.abs(draws) > x).mean() == pytest.approx(beyond, rel=0.3, abs=0.004)
+    assert np.abs(draws).max() < 6
+
+
+def split_mix(seed: int, position: int) -> int:
+    """Output number `position` of SplitMix64 (Steele, Lea and Flood 2014), whose state grows by the golden gamma."""
+    z = seed + (position + 1) * 0x9E3779B97F4A7C15 & WORD
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & WORD
+    return z ^ z >> 31
+
+
+@given(st.integers(0, 2**40), st.text(max_size=12), st.lists(st.integers(0, 2**62), max_size=20))
+def test_signs_are_a_published_hash_of_the_position(seed: int, name: str, positions: list[int]) -> None:
+    """Whatever the step, and one at a time as all at once."""
+    digest = hashlib.blake2b(f"{seed}\0{name}\0signs".encode(), digest_size=8).digest()
+    wanted = [1 - 2 * (split_mix(int.from_bytes(digest, "little"), p) >> 63) for p in positions]
+    found = [Stream(seed, name, step).signs(np.array(positions, dtype=np.int64)).tolist() for step in (0, 7)]
+    assert found == [wanted, wanted]
+    assert [Stream(seed, name, 1).signs(np.array([p]))[0] for p in positions] == wanted
+
+
+def test_signs_are_balanced_and_independent() -> None:
+    """Between neighbours, names and seeds they agree half of the time."""
+    here = np.arange(100_000)
+    signs = [Stream(*k).signs(here).astype(int) for k in ((0, "a", 0), (0, "b", 0), (1, "a", 0))]
+    products = [*signs, signs[0] * signs[1], signs[0] * signs[2], signs[0][1:] * signs[0][:-1], signs[0][1::2]]
+    assert all(abs(p.mean()) < 0.015 for p in products)
+
+
+def test_signs_draw_nothing() -> None:
+    one, other = Stream(0, "w", 0), Stream(0, "w", 0)
+    one.signs(np.arange(9))
+    assert one.integers(2**62, 3).tolist() == other.integers(2**62, 3).tolist()

@@ -123,7 +123,7 @@ def test_redistribution_conserves_the_total(
     shares = {id(w): data.draw(st.sampled_from([0.0, 0.5, 3.0])) for w in weights}
     before = sum(w.topology.nnz for w in weights)
     update = drop_and_grow(
-        constant(fraction), lowest(magnitude), at_random, lambda w: shares[id(w)], regrow_dropped=policy
+        constant(fraction), lowest(magnitude), at_random, lambda w, kept: shares[id(w)], regrow_dropped=policy
     )
     run(update, together(*weights))
     assert sum(w.topology.nnz for w in weights) == before
@@ -134,7 +134,7 @@ def test_what_full_weights_cannot_take_goes_to_those_with_room() -> None:
     full = Fake([1, 2, 3, 4], None, [1, 1, 1, 1], "full")
     half = Fake([5, 6, 0, 0, 0, 0, 0, 0], [0, 1], range(8), "half")
     shares = {"full": 1000.0, "half": 1.0}
-    update = drop_and_grow(constant(0.5), lowest(magnitude), highest(gradient), lambda w: shares[w.name])
+    update = drop_and_grow(constant(0.5), lowest(magnitude), highest(gradient), lambda w, kept: shares[w.name])
     run(update, together(full, half))
     assert full.active() == {0, 1, 2, 3}
     assert half.active() == {1, 7}
@@ -209,7 +209,7 @@ def test_an_error_leaves_every_weight_as_it_was() -> None:
 @pytest.mark.parametrize("share", [float("nan"), float("-inf"), -1.0, float("inf")])
 def test_a_share_that_is_no_share_names_its_weight(share: float) -> None:
     """Property 28: NaN is refused rather than spread."""
-    rules = drop_and_grow(constant(0.5), lowest(magnitude), at_random, lambda w: share)
+    rules = drop_and_grow(constant(0.5), lowest(magnitude), at_random, lambda w, kept: share)
     with pytest.raises(ValueError, match=rf"layer\.weight: .* {share}"):
         run(rules, together(Fake([1, 2, 0], [0, 1], name="layer.weight")))
 

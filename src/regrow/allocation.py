@@ -59,17 +59,18 @@ def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
 def _fill(shares: list[float], total: int, capacity: Sequence[int]) -> list[float]:
     """The real solution of sum(min(capacity, scale x shares)) = total; fsum keeps it free of order."""
     open_ = list(range(len(shares)))
+    rest = total
     while True:
-        rest = total - sum(c for i, c in enumerate(capacity) if i not in open_)
         weight = math.fsum(shares[i] for i in open_)
         if weight == 0:
-            shares = [float(capacity[i]) if i in open_ else s for i, s in enumerate(shares)]
+            shares = [float(c) for c in capacity]
             weight = math.fsum(shares[i] for i in open_) or 1.0
         exact = {i: rest * (shares[i] / weight) for i in open_}
         full = {i for i in open_ if exact[i] >= capacity[i]}
         if not full:
             return [exact.get(i, float(c)) for i, c in enumerate(capacity)]
         open_ = [i for i in open_ if i not in full]
+        rest -= sum(capacity[i] for i in full)
 
 
 def proportional(share: Callable[[Sized], float]) -> Allocation:
@@ -125,24 +126,96 @@ def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: i
 def at_least(minimum: int, allocate: Allocation) -> Allocation:
     """`allocate`, except that no weight gets less than `minimum` entries (or all it holds): no layer collapses."""
 
+    def floors(weights: Sequence[Sized]) -> list[int]:
+        return [minimum] * len(weights)
+
+    return _with_floors(f"at_least({minimum})", floors, allocate)
+
+
+def last_at_least(density: float, layer: str | None, allocate: Allocation) -> Allocation:
+    """`allocate`, except that one layer, commonly the last, never falls below `density` (or all it holds).
+
+    With `uniform` and density d overall, the others get the density (d N - density n) / (N - n) as soon as d falls
+    below `density`, with n entries in that layer and N in all.
+
+    Args:
+        density: the least density of that layer, in [0, 1].
+        layer: a glob of its weight's or module's name; every weight that matches is a layer of its own. None is the
+            last parameter.
+        allocate: shares the total, and what remains of it among the others.
+
+    Raises:
+        ValueError: when `density` lies outside [0, 1]; from the allocation, for a glob that matches nothing, or a
+            total that leaves nothing for the others.
+
+    Source: Gale et al. 2019, The State of Sparsity in Deep Neural Networks, section 5.2, as the code of Liu et al.
+    2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, has it for any density of the others.
+
+    Examples:
+        >>> shapes = {"conv": (10, 1000), "fc": (10, 100)}
+        >>> counts(last_at_least(0.2, None, uniform), shapes, 0.1)
+        {'conv': 900, 'fc': 200}
+        >>> counts(last_at_least(0.2, None, uniform), shapes, 0.5)
+        {'conv': 5000, 'fc': 500}
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"last_at_least: the density of the last layer must lie in [0, 1], got {density:g}")
+
     def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        # Decided before any weight is held: among the remaining ones another would be the last.
+        held = {weights[i].name for i in _layer(layer, weights)}
+        require_last(density, layer, weights, _given(total))
+
+        def floors(those: Sequence[Sized]) -> list[int]:
+            return [_count(w, density) if w.name in held else 0 for w in those]
+
+        return _with_floors(f"last_at_least({density:g})", floors, allocate)(weights, scores, total)
+
+    return guarded
+
+
+def require_last(density: float, layer: str | None, weights: Sequence[Sized], total: int) -> None:
+    """Raise ValueError when `last_at_least` can find no layer, or can leave no entry of `total` to the others."""
+    held = _layer(layer, weights)
+    floor = sum(_count(weights[i], density) for i in held)
+    others = len(held) < len(weights)
+    if floor > total or (others and floor == total):
+        raise ValueError(
+            f"last_at_least: density {density:g} of {', '.join(weights[i].name for i in held)} makes {floor:,} entries "
+            f"of {total:,} in all{', which leaves none for the others' if others else ''}: lower it, or raise the "
+            "overall density"
+        )
+
+
+def _layer(pattern: str | None, weights: Sequence[Sized]) -> list[int]:
+    """The places of the weights that a glob matches, or of the last parameter's."""
+    if not weights:
+        return []
+    if pattern is None:
+        last = weights[-1].name.partition("[")[0]
+        return [i for i, w in enumerate(weights) if w.name.partition("[")[0] == last]
+    found = [i for i, w in enumerate(weights) if matches(pattern, w.name)]
+    if not found:
+        raise ValueError(f"last_at_least: {pattern!r} matches none of the weights {', '.join(w.name for w in weights)}")
+    return found
+
+
+def _with_floors(name: str, floors: Callable[[Sequence[Sized]], Sequence[int]], allocate: Allocation) -> Allocation:
+    """`allocate`, except that no weight gets less than its floor (or all it holds)."""
+
+    def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        least = [min(n, w.topology.nnz) for n, w in zip(floors(weights), weights, strict=True)]
         held: dict[int, int] = {}
         while True:
             rest = [i for i in range(len(weights)) if i not in held]
             left = _given(total) - sum(held.values())
             if left < 0:
-                raise ValueError(
-                    f"at_least({minimum}): {_given(total):,} entries are too few for {len(weights)} weights"
-                )
+                raise ValueError(f"{name}: {_given(total):,} entries are too few for {len(weights)} weights")
             counts = allocate([weights[i] for i in rest], scores and [scores[i] for i in rest], left) if rest else []
-            short = {
-                i: floor
-                for i, n in zip(rest, counts, strict=True)
-                if n < (floor := min(minimum, weights[i].topology.nnz))
-            }
+            given = dict(zip(rest, counts, strict=True))
+            short = {i: least[i] for i in rest if given[i] < least[i]}
             if not short:
-                given = {**held, **dict(zip(rest, counts, strict=True))}
-                return [given[i] for i in range(len(weights))]
+                return [{**held, **given}[i] for i in range(len(weights))]
             held |= short
 
     return guarded

@@ -48,7 +48,8 @@ def contenders(
     """
     reasons = dense_reasons(method, has_batches)
     without_topology = method.start.needs_gradient and not has_batches
-    everywhere = f"{method.name} {' and '.join(reasons)}" if reasons and (without_topology or not allow_dense) else None
+    never = without_topology or method.latent is not None or not allow_dense
+    everywhere = f"{method.name} {' and '.join(reasons)}" if reasons and never else None
     obstacles = [everywhere or _obstacle(f, owner) for f, owner in zip(found, owners, strict=True)]
     for f, obstacle in zip(found, obstacles, strict=True):
         if obstacle is not None:

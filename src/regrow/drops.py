@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regrow.allocation import at_least, globally
 from regrow.method import Drop, Score
 from regrow.topology import Topology
 from regrow.weight import SparseWeight
@@ -39,6 +40,101 @@ def lowest(score: Score) -> Drop:
         ]
 
     return drop
+
+
+def lowest_globally(score: Score) -> Drop:
+    """Drop the entries of lowest `score` anywhere, in all as many as if every weight lost floor(fraction nnz).
+
+    Equal scores stay in the earlier weight, and in it at the lower position. A weight that would be left without any
+    entry keeps its highest one, and another goes elsewhere. A weight whose fraction is 0 loses nothing.
+
+    Raises:
+        ValueError: from the drop, where so many would go that a weight must be left empty.
+
+    Source: the drop "global_magnitude" of the code of Dettmers and Zettlemoyer 2019, which finds its threshold by trial
+    to within 2 %; here the count is exact.
+    """
+
+    def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+        gone = [share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True)]
+        places = [i for i, f in enumerate(fractions) if f > 0 and weights[i].topology.nnz]
+        among = [weights[i] for i in places]
+        held = sum(w.topology.nnz for w in among)
+        if sum(gone) == 0:
+            return [w.topology for w in weights]
+        if held - sum(gone) < len(among):
+            raise ValueError(
+                f"dropping {sum(gone):,} of {held:,} active entries by one threshold would leave some of {len(among)} "
+                f"weights empty: at most {held - len(among):,} can go, lower the drop fraction"
+            )
+        scores = [score(w) for w in among]
+        counts = at_least(1, globally)(among, scores, held - sum(gone))
+        kept = [w.topology for w in weights]
+        for i, s, n in zip(places, scores, counts, strict=True):
+            kept[i] = keep_highest(weights[i], s, n)
+        return kept
+
+    return drop
+
+
+def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
+    """Drop all and only the entries with |w| <= tau, one tau for the network, which follows what is asked for.
+
+    How many are dropped is what tau says; `drop_and_grow` grows as many. Where fewer than (1 - tolerance) of the
+    expected sum of floor(fraction nnz) went, tau is doubled for the next time, where more than (1 + tolerance), halved.
+    A weight keeps its largest entry at least. One whose fraction is 0 loses nothing and is expected to lose nothing.
+
+    tau lies in state "threshold" of every weight, float64 (2,), beside how often it was used.
+
+    Args:
+        first: tau at the first drop, above 0.
+        tolerance: how far off a count may be, in [0, 1).
+
+    Raises:
+        ValueError: when an argument lies outside its range; from the drop, when a value is NaN, naming the weight.
+
+    Source: Mostafa and Wang 2019, Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
+    Reparameterization, Algorithm 1 and section 3; the drop "threshold" of the code of Dettmers and Zettlemoyer 2019,
+    which scales what grows by expected over dropped and so changes the number of entries.
+    """
+    if not 0 < first < math.inf or not 0 <= tolerance < 1:
+        raise ValueError(
+            f"adaptive_threshold: the first threshold must lie above 0 and the tolerance in [0, 1), got {first:g} "
+            f"and {tolerance:g}"
+        )
+
+    def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+        expected = sum(share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True))
+        if not any(fractions):
+            return [w.topology for w in weights]
+        # A weight that no gradient reached at the last update did not see tau change.
+        tau, uses = max((_threshold(w, first) for w in weights), key=lambda pair: pair[1])
+        kept = [_above(w, tau) if f > 0 else w.topology for w, f in zip(weights, fractions, strict=True)]
+        dropped = sum(w.topology.nnz - k.nnz for w, k in zip(weights, kept, strict=True))
+        if dropped < (1 - tolerance) * expected:
+            tau = min(2 * tau, _LARGEST)
+        elif dropped > (1 + tolerance) * expected:
+            tau = max(tau / 2, 1 / _LARGEST)
+        for weight in weights:
+            weight.state["threshold"] = torch.tensor([tau, uses + 1], dtype=torch.float64)
+        return kept
+
+    return drop
+
+
+_LARGEST = 2.0**100
+"""What a threshold stays below, so that it finds its way back."""
+
+
+def _threshold(weight: SparseWeight, first: float) -> tuple[float, float]:
+    tau, uses = weight.state["threshold"].tolist() if "threshold" in weight.state else (first, 0.0)
+    return tau, uses
+
+
+def _above(weight: SparseWeight, tau: float) -> Topology:
+    score = weight.values().abs().double()
+    count = int((score > tau).sum())
+    return keep_highest(weight, score, max(count, min(1, weight.topology.nnz)))
 
 
 def lowest_per_sign(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:

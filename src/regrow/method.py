@@ -1,17 +1,21 @@
 """The vocabulary of a method: plain callables, and the tuples that hold them together.
 
 A method says how the first topologies are made (`start`), how they change (`update`), what is watched at every
-step (`observe`), when an update happens within its step (`timing`), and what it must be given (`needs`).
+step (`observe`), when an update happens within its step (`timing`), what it must be given (`needs`), and how weights
+are computed where others are trained in their place (`latent`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Flag, auto
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from regrow.streams import Stream
 from regrow.topology import Topology
 from regrow.weight import Sized, SparseWeight, Weights
 
@@ -30,8 +34,8 @@ Drop = Callable[[Sequence[SparseWeight], Sequence[float]], list[Topology]]
 Allocation = Callable[[Sequence[Sized], Sequence[Tensor] | None, int | None], list[int]]
 """Counts per weight: (weights, their scores or None, total or None) -> counts that sum to the total."""
 
-Statistic = Callable[[SparseWeight], float]
-"""A weight's share of what is redistributed, >= 0."""
+Statistic = Callable[[SparseWeight, Topology], float]
+"""A weight's share of what is redistributed, >= 0: (weight before the drop, what it keeps) -> share."""
 
 Structure = Callable[[SparseWeight, Tensor, int], Topology]
 """Which patterns are allowed: (weight, a score for every position (numel,), count) -> the best one of about `count`."""
@@ -60,6 +64,8 @@ class Need(Flag):
     """A value at every position during training, as a ramp from dense has at first."""
     ROOM = auto()
     """Room in each weight for more entries than it starts with, since weights trade them."""
+    OVERSHOOT = auto()
+    """Room in each weight for twice as many entries as it starts with, since it holds more for a while."""
 
 
 class Rule(NamedTuple):
@@ -108,6 +114,52 @@ class Start(NamedTuple):
     """Whether the probe is asked, which takes `batches` and `loss`."""
 
 
+class Trained(NamedTuple):
+    """A tensor that is trained beside a weight's latent values, by the optimizer that holds the weight."""
+
+    name: str
+    """Its key in the weight's `state`."""
+    first: Callable[[Tensor], Tensor]
+    """Its first values, from the latent ones (shape)."""
+    lr: float | None = None
+    """Learning rate; None is that of the weight."""
+    weight_decay: float | None = None
+    """Weight decay; None is that of the weight."""
+
+
+class Parts(NamedTuple):
+    """What a weight is computed from; gradients flow to `latent` and to what of `state` is trained."""
+
+    latent: Tensor
+    """The values that the optimizer steps, of the weight's shape, in float32 at least."""
+    active: Tensor
+    """The present topology, bool of the weight's shape."""
+    state: Mapping[str, Tensor]
+    """The weight's state: tensors trained beside the latent values, and what rules keep there."""
+    noise: Tensor | None = None
+    """The draws of this step, of the weight's shape; None asks for the weight that is evaluated."""
+
+
+class Latent(NamedTuple):
+    """How a weight is computed from values that are trained in its place, as pure functions.
+
+    The optimizer steps the latent values with its own arithmetic. The model holds the weight computed from them, zero
+    outside the topology; the gradient does not see that zero, so what `effective` does not hide from it goes straight
+    through to inactive positions.
+    """
+
+    effective: Callable[[Parts], Tensor]
+    """The weight, of its shape, differentiable."""
+    trained: tuple[Trained, ...] = ()
+    """What is trained beside the latent values."""
+    penalty: Callable[[Parts, int], Tensor] | None = None
+    """What is added to the loss at an optimizer step, a scalar tensor."""
+    reach: Callable[[Parts], Tensor] | None = None
+    """Where the gradient of the loss may be read, bool of the weight's shape; None is everywhere."""
+    noise: Callable[[Stream, int], NDArray[np.float64]] | None = None
+    """Draws that every training forward of a step shares: (stream, n) -> (n,)."""
+
+
 class Method(NamedTuple):
     """A recipe of sparse training; composed from parts, never subclassed."""
 
@@ -117,6 +169,8 @@ class Method(NamedTuple):
     observe: Observer | None = None
     timing: Timing = "instead"
     needs: Need = Need.NOTHING
+    latent: Latent | None = None
+    """How weights are computed from others that are trained; None trains the weights themselves."""
 
     def due(self, step: int) -> bool:
         """Whether optimizer step `step` (the first is 1) changes topologies."""

@@ -9,6 +9,9 @@ from regrow.method import Observer
 from regrow.topology import Topology
 from regrow.weight import SparseWeight
 
+EXPLORATION = ("explored", "placed")
+"""The state of a weight that `mark_explored` keeps."""
+
 
 def momentum(decay: float) -> Observer:
     """Keep v <- decay v + (1 - decay) g over every position, in state "momentum" (numel,), before each step.

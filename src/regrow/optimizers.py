@@ -153,3 +153,47 @@ def stranger(optimizer: Optimizer, names: Mapping[int, str]) -> str | None:
         f"({taken[0]}, ...): it was copied or made after regrow.sparsify; pass it there, or call "
         "sparsifier.remove() first"
     )
+
+
+def has_scheduler(optimizer: Optimizer) -> bool:
+    """Whether a learning-rate scheduler of torch was built on this optimizer."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+def add_beside(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    tensors: Sequence[nn.Parameter],
+    lr: float | None,
+    weight_decay: float | None,
+) -> None:
+    """Let an optimizer train `tensors` in a group of their own, with the options of `group` but for those given.
+
+    Raises:
+        ValueError: for a weight decay that the optimizer does not have.
+    """
+    options = {key: group[key] for key in optimizer.defaults if key in group}
+    if lr is not None:
+        options["lr"] = lr
+    if "weight_decay" in options and weight_decay is not None:
+        options["weight_decay"] = weight_decay
+    elif weight_decay:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no weight decay, and {weight_decay:g} is asked for: leave it out"
+        )
+    optimizer.add_param_group({**options, "params": list(tensors)})
+
+
+def take_out(optimizer: Optimizer, tensors: Sequence[nn.Parameter]) -> None:
+    """Let an optimizer forget `tensors`; a group that has none left goes, unless a scheduler counts it."""
+    gone = {id(t) for t in tensors}
+    emptied = []
+    for group in optimizer.param_groups:
+        kept = [p for p in group["params"] if id(p) not in gone]
+        if len(kept) < len(group["params"]):
+            group["params"] = kept
+            emptied += [] if kept else [id(group)]
+    for tensor in tensors:
+        optimizer.state.pop(tensor, None)
+    if not has_scheduler(optimizer):
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if id(g) not in emptied]

@@ -49,6 +49,36 @@ def cosine(value: float, until: int, begin: int = 0) -> Schedule:
     return Schedule(lambda step: value / 2 * (1 + math.cos(math.pi * _progress(step, begin, span))), until)
 
 
+def cosine_to(last: float) -> Callable[[float, int, int], Schedule]:
+    """A cosine that ends at `last`: (value, until, begin) -> last + (value - last) / 2 (1 + cos(pi p)).
+
+    A value that lies below `last` stays as it is, so that a schedule never rises.
+
+    Args:
+        last: the value from `until` on, at least 0.
+
+    Raises:
+        ValueError: when `last` is negative.
+
+    Source: Liu et al. 2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, its code, and that
+    of Dettmers and Zettlemoyer 2019, where `last` is 0.005.
+
+    Examples:
+        >>> schedule = cosine_to(0.005)(0.5, 1000, 0)
+        >>> [round(schedule(step), 4) for step in (250, 500, 750, 1000)]
+        [0.4275, 0.2525, 0.0775, 0.005]
+    """
+    if not last >= 0:
+        raise ValueError(f"cosine_to: the last value must be at least 0, got {last:g}")
+
+    def make(value: float, until: int, begin: int = 0) -> Schedule:
+        floor = min(last, value)
+        above = cosine(value - floor, until, begin)
+        return Schedule(lambda step: floor + above(step), until)
+
+    return make
+
+
 def inverse_power(value: float, until: int, begin: int = 0, power: float = 3) -> Schedule:
     """value (1 - p)^power, with p = (step - begin) / (until - begin) clipped to [0, 1].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -26,10 +27,12 @@ from regrow.optimizers import (
     with_closure,
 )
 from regrow.starts import scale_to_fan_in
+from regrow.storage.latent import LatentParameter
 from regrow.storages import (
     Choice,
     Storage,
     assign,
+    hardened,
     leave_meta_device,
     on_meta_device,
     quarter_of_free_memory,
@@ -134,11 +137,11 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
         raise ValueError('update_memory= limits what storage="compressed" keeps: leave it out with storage="masked"')
     if update_memory is not None and update_memory < 1:
         raise ValueError(f"update_memory must be 1 byte or more, got {update_memory}")
-    if not allow_dense:
-        require_sparse(method, [f for f, s in zip(found, storages, strict=True) if s == "compressed"], has_batches)
+    compressed = [f for f, s in zip(found, storages, strict=True) if s == "compressed"]
+    require_sparse(method, compressed, has_batches, allow_dense)
     with torch.no_grad():
         limit = quarter_of_free_memory() if update_memory is None else update_memory
-        parameters = stored(found, owners, storages, limit)
+        parameters = stored(found, owners, storages, limit, method)
         sparsifier = Sparsifier(model, optimizers, method, parameters, excluded, outside, seed)
         try:
             sparsifier._begin(batches, loss, init, inputs)
@@ -207,6 +210,11 @@ class Sparsifier:
             self._handles.append(optimizer.register_step_pre_hook(self._before))
             self._handles.append(optimizer.register_step_post_hook(self._after))
             self._handles.append(optimizer.register_load_state_dict_post_hook(self._loaded))
+        self._shown: list[Any] = []
+        if method.latent is not None and method.latent.noise is not None:
+            self._shown.append(model.register_forward_pre_hook(_Shown(self)))
+            saved = _Shown(self, evaluated=True)
+            self._shown.append(model.register_state_dict_pre_hook(saved))  # type: ignore[no-untyped-call]
         registry.add(self)
 
     def _hold(self, parameters: Sequence[StoredParameter]) -> None:
@@ -270,15 +278,49 @@ class Sparsifier:
 
         A masked one trains densely from here on, a compressed one with the topology that it has.
         """
-        for handle in self._handles:
+        for handle in (*self._handles, *self._shown):
             handle.remove()
         for parameter in self._parameters:
             parameter.remove()
         self._handles.clear()
         registry.discard(self)
 
-    def _begin(self, batches: Iterable[Any] | None, loss: Loss | None, init: Init, inputs: Calls | None) -> None:
-        """Make the first topologies, choose storages where there are `inputs` to race with, and become sparse."""
+    def harden(self) -> None:
+        """Make the weights that are evaluated now ordinary ones, whose topology stays fixed while they train on.
+
+        The latent values of the method, what it trains beside them and its penalty are gone; optimizer state stays at
+        active entries. A run that is resumed after it is hardened before its states are loaded.
+
+        Raises:
+            ValueError: for a method without latent values.
+        """
+        if self.method.latent is None:
+            raise ValueError(
+                f"{self.method.name} trains the weights themselves, so that there is nothing to harden: leave it out"
+            )
+        with torch.no_grad():
+            for handle in self._shown:
+                handle.remove()
+            self._hold([hardened(p) if isinstance(p, LatentParameter) else p for p in self._parameters])
+        self.method = Method(
+            f"{self.method.name} hardened", self.method.start, needs=self.method.needs & Need.EXPLORED, timing="after"
+        )
+        self._prepare_next()
+
+    def _show(self, training: bool) -> None:
+        """Before the model runs: noisy weights for training, the same ones in all forwards of a step, or none."""
+        with torch.inference_mode(False), torch.no_grad():
+            latents = [p for p in self._parameters if isinstance(p, LatentParameter)]
+            if all(p.drawn == training for p in latents):
+                return
+            # A lower-precision copy of the weights may be kept for the whole of an autocast context.
+            torch.clear_autocast_cache()
+            self._draw_for(self.step + 1)
+            for parameter in latents:
+                parameter.show(training)
+
+    def _require_applicable(self, batches: Iterable[Any] | None, loss: Loss | None, init: Init) -> None:
+        """Raise ValueError for options that do not go with the method, or weights that it cannot work on."""
         needs_gradient, needs_batches = self.method.start.needs_gradient, self.method.start.needs_batches
         if (batches is None) != (loss is None):
             raise ValueError("batches= and loss= belong together: give both or neither")
@@ -294,9 +336,21 @@ class Sparsifier:
                 f'{self.method.name} has no connections to scale values to before its first step: with init="fan_in", '
                 "give batches= and loss= to regrow.sparsify"
             )
+        if init == "fan_in" and self.method.latent is not None:
+            raise ValueError(
+                f"{self.method.name} trains values at every position, which have no connections to be scaled to: "
+                'leave out init="fan_in"'
+            )
         self.method.start.require(self.weights)
         for rule in self.method.update:
             rule.require(self.weights)
+
+    def _begin(self, batches: Iterable[Any] | None, loss: Loss | None, init: Init, inputs: Calls | None) -> None:
+        """Make the first topologies, choose storages where there are `inputs` to race with, and become sparse."""
+        self._require_applicable(batches, loss, init)
+        # The gradient of batches is wanted at every position, like that of a first step.
+        self._prepare_next()
+        needs_gradient, needs_batches = self.method.start.needs_gradient, self.method.start.needs_batches
         if needs_batches and batches is not None and loss is not None:
             blocks = [(p.parameter, len(p.weights)) for p in self._parameters]
             self._start(BatchProbe(self.model, blocks, batches, loss))
@@ -326,7 +380,8 @@ class Sparsifier:
             return numel
         if Need.ROOM in self.method.needs:
             return min(numel, self.nnz)
-        return sum(w.topology.nnz for w in parameter.weights)
+        own = sum(w.topology.nnz for w in parameter.weights)
+        return min(numel, 2 * own) if Need.OVERSHOOT in self.method.needs else own
 
     def _start(self, probe: Probe | None = None) -> None:
         self._draw_for(0)
@@ -353,6 +408,10 @@ class Sparsifier:
             self._stepped.add(id(optimizer))
             if self._replaced:
                 self._hide_gradients(optimizer)
+            else:
+                for parameter in self._parameters:
+                    if parameter.optimizer is optimizer:
+                        parameter.stepping(self.step)
         return None if closure is None else with_closure(self._watched(closure), optimizer, args, kwargs)
 
     def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -387,6 +446,11 @@ class Sparsifier:
             raise ValueError(
                 f"{self.method.name} takes the place of optimizer step {step}, which a step with a closure does not "
                 f"allow: {way_out}"
+            )
+        if late and self.method.latent is not None:
+            raise ValueError(
+                f"{self.method.name} puts latent values in the places of the weights while the optimizer steps, where "
+                "a closure would compute with them: call loss.backward() before optimizer.step(), without a closure"
             )
         for parameter in self._parameters:
             parameter.fresh = False
@@ -577,6 +641,23 @@ class Sparsifier:
             rows.append([weight.name, _shape(weight.shape), *counts, storages[weight.name], rate])
         rows += [[e.name, _shape(e.shape), "1", f"{e.numel:,}", "", e.reason] for e in self.excluded]
         return head + "\n" + table(["layer", "shape", "density", "active", "storage", "explored"], rows)
+
+
+class _Shown:
+    """A hook of a model that says which weights its sparsifier is to show; of a copied model it does nothing."""
+
+    def __init__(self, sparsifier: Sparsifier | None = None, evaluated: bool = False) -> None:
+        self._sparsifier = (lambda: None) if sparsifier is None else weakref.ref(sparsifier)
+        self._evaluated = evaluated
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, model: nn.Module, *arguments: Any) -> None:
+        sparsifier = self._sparsifier()
+        if sparsifier is not None and sparsifier.model is model:
+            sparsifier._show(model.training and not self._evaluated)
+
+    def __reduce__(self) -> tuple[type[_Shown], tuple[()]]:
+        return _Shown, ()
 
 
 def _shape(shape: Sequence[int]) -> str:

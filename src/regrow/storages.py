@@ -17,7 +17,9 @@ from regrow.discovery import Found
 from regrow.kernels import Index
 from regrow.method import Method, Need
 from regrow.nn import SparseModule, SparseMultiheadAttention
+from regrow.observers import EXPLORATION
 from regrow.storage.compressed import CompressedParameter, exchange
+from regrow.storage.latent import LatentParameter, latent_parameters
 from regrow.storage.masked import MaskedParameter
 from regrow.streams import Stream
 from regrow.validation import require_choice
@@ -63,7 +65,7 @@ def storage_of(parameter: StoredParameter) -> Storage:
 
 
 def stored(
-    found: Sequence[Found], owners: Sequence[Optimizer], storages: Sequence[Storage], limit: int
+    found: Sequence[Found], owners: Sequence[Optimizer], storages: Sequence[Storage], limit: int, method: Method
 ) -> list[StoredParameter]:
     """Each parameter found, in the storage asked for.
 
@@ -72,6 +74,7 @@ def stored(
         owners: the optimizer of each.
         storages: how the values of each are held.
         limit: bytes of inputs and output gradients that compressed storage may keep at an update.
+        method: that will work on them.
 
     Raises:
         ValueError: for a parameter or an optimizer that the storage cannot take.
@@ -79,18 +82,35 @@ def stored(
     parameters: list[StoredParameter] = []
     compressed: list[CompressedParameter] = []
     allow = _budget(compressed, limit)
+    for f, storage in zip(found, storages, strict=True):
+        if storage == "masked" and f.parameter.is_meta:
+            raise ValueError(
+                f'{f.name} lies on the meta device, where storage="masked" finds no values: build the model on a '
+                "real device" + (', or use storage="compressed"' if method.latent is None else "")
+            )
+    if method.latent is not None:
+        wanted = [(f.parameter, owner, f.names, f.out_axis, f.in_axis) for f, owner in zip(found, owners, strict=True)]
+        return list(latent_parameters(wanted, method.name, method.latent))
     for f, owner, storage in zip(found, owners, storages, strict=True):
         if storage == "masked":
-            if f.parameter.is_meta:
-                raise ValueError(
-                    f'{f.name} lies on the meta device, where storage="masked" finds no values: build the model on a '
-                    'real device, or use storage="compressed"'
-                )
             parameters.append(MaskedParameter(f.parameter, owner, f.names, f.out_axis, f.in_axis))
         else:
             compressed.append(CompressedParameter(f.parameter, owner, f.names, f.out_axis, f.in_axis, f.holders, allow))
             parameters.append(compressed[-1])
     return parameters
+
+
+def hardened(parameter: LatentParameter) -> MaskedParameter:
+    """The same parameter in masked storage: the weight as it is evaluated, with the topology that it has."""
+    parameter.remove()
+    weights = parameter.weights
+    names, out_axis, in_axis = [w.name for w in weights], weights[0].out_axis, weights[0].in_axis
+    twin = MaskedParameter(parameter.parameter, parameter.optimizer, names, out_axis, in_axis)
+    for new, old in zip(twin.weights, weights, strict=True):
+        new.state = {key: old.state[key] for key in EXPLORATION if key in old.state}
+        new.rewire(old.topology)
+    twin.mask_gradient()
+    return twin
 
 
 def _budget(parameters: Sequence[CompressedParameter], limit: int) -> Callable[[int], None]:
@@ -117,10 +137,15 @@ def dense_reasons(method: Method, has_batches: bool) -> list[str]:
     return reasons
 
 
-def require_sparse(method: Method, found: Sequence[Found], has_batches: bool) -> None:
+def require_sparse(method: Method, found: Sequence[Found], has_batches: bool, allow_dense: bool) -> None:
     """Raise ValueError when compressed storage would be dense with `method`, naming layer and bytes."""
+    if found and method.latent is not None:
+        raise ValueError(
+            f"{method.name} computes weights from values that it trains at every position, which compressed storage "
+            f'has no place for: leave {found[0].name} in storage="masked"'
+        )
     reasons = dense_reasons(method, has_batches)
-    if reasons and found:
+    if reasons and found and not allow_dense:
         largest = max(found, key=lambda f: f.parameter.numel())
         size = largest.parameter.numel() * largest.parameter.element_size()
         raise ValueError(

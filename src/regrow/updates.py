@@ -49,9 +49,14 @@ def prune_to(
 def _kept(weight: SparseWeight, score: Tensor, count: int, structure: Structure | None) -> Topology:
     if structure is None:
         return keep_highest(weight, score, count)
-    everywhere = torch.full((weight.topology.numel,), -math.inf, dtype=score.dtype, device=score.device)
-    everywhere[weight.topology.indices.to(score.device)] = score
-    return structure(weight, everywhere, count)
+    return structure(weight, everywhere(weight, score), count)
+
+
+def everywhere(weight: SparseWeight, score: Tensor) -> Tensor:
+    """The `score` (nnz,) of active entries as one of every position (numel,), -inf where nothing is active."""
+    scores = torch.full((weight.topology.numel,), -math.inf, dtype=score.dtype, device=score.device)
+    scores[weight.topology.indices.to(score.device)] = score
+    return scores
 
 
 def drop_and_grow(
@@ -79,10 +84,7 @@ def drop_and_grow(
     """
 
     def apply(weights: Weights, step: int) -> None:
-        live = [w for w in weights if w.has_grad]
-        if len(live) < len(weights):
-            idle = ", ".join(w.name for w in weights if not w.has_grad)
-            _log.warning("step %d: no gradient reached %s: left as they are by the update", step, idle)
+        live = reached(weights, step)
         free = [_room(w.topology) for w in live]
         share = fraction(step)
         shares = [
@@ -102,13 +104,22 @@ def drop_and_grow(
     return (Rule(apply),)
 
 
+def reached(weights: Weights, step: int) -> list[SparseWeight]:
+    """The weights that the last backward reached; the others are named in the log `regrow`."""
+    live = [w for w in weights if w.has_grad]
+    if len(live) < len(weights):
+        idle = ", ".join(w.name for w in weights if not w.has_grad)
+        _log.warning("step %d: no gradient reached %s: left as they are by the update", step, idle)
+    return live
+
+
 def _grown(
     live: Sequence[SparseWeight], kept: Sequence[Topology], taken: Sequence[Topology], redistribute: Statistic | None
 ) -> list[int]:
     dropped = [w.topology.nnz - k.nnz for w, k in zip(live, kept, strict=True)]
     if redistribute is None:
         return dropped
-    shares = [redistribute(w) for w in live]
+    shares = [redistribute(w, k) for w, k in zip(live, kept, strict=True)]
     for weight, value in zip(live, shares, strict=True):
         if not 0 <= value < math.inf:
             raise ValueError(f"{weight.name}: its share of the redistribution is {value}: training has diverged")

@@ -133,6 +133,10 @@ class StoredParameter(Protocol):
         """Make sure that optimizer state is zero outside the topology."""
         ...
 
+    def stepping(self, step: int) -> None:
+        """The optimizer is about to take step number `step`."""
+        ...
+
     def stepped(self) -> None:
         """The optimizer has stepped."""
         ...

@@ -243,12 +243,12 @@ def test_a_start_prunes_the_values_of_a_file(start: str, tmp_path: Path) -> None
     for name, topology in topologies.items():
         mask, old, new = topology.mask, trained.get_parameter(name), model.get_parameter(name)
         assert torch.equal(new[mask & (new != 0)], old[mask & (new != 0)])
-        grown += int((mask & (old.abs() < old.abs()[mask].max() * 0 + 1e9) & (new == 0)).sum())
-        if "structured" in start:
+        grown += int((mask & (new == 0) & (old != 0)).sum())
+        if "structured" in start and name != "fc3.weight":
             assert bool((mask.all(1) | ~mask.any(1)).all())
         elif "uniform" in start:
             assert topology.nnz == int(0.2 * topology.numel + 0.5)
-    if start in ("prune_uniform", "prune_global"):
+    if "grow" not in start:
         assert grown == 0
     if start == "prune_global":
         pooled = torch.cat([trained.get_parameter(n).detach().abs().view(-1) for n in topologies])

@@ -32,6 +32,9 @@ from regrow.storages import Storage
 DENSITY = "0.1"
 """Where neither a density nor an explicit allocation is given."""
 
+DIFFERING = frozenset({"threshold", "decay", "penalty"})
+"""Options that are not the same thing in all methods that have them."""
+
 _console = Console()
 
 
@@ -133,12 +136,19 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in options(method):
             having.setdefault(name, []).append(method)
     for name, names in reversed(having.items()):
-        option = options("rigl" if "rigl" in names else names[0])[name]
-        text = f"{_plain(option.help)} [{', '.join(names)}]{_defaults(name, names)}"
-        command = click.option(
-            f"--{name.replace('_', '-')}", f"option_{name}", metavar=_metavar(option.words), help=text
-        )(command)
+        found = [options(method)[name] for method in names]
+        words = " or ".join(dict.fromkeys(_metavar(option.words) for option in found))
+        text = f"{_said(name, names)} [{', '.join(names)}]{_defaults(name, names)}"
+        command = click.option(f"--{name.replace('_', '-')}", f"option_{name}", metavar=words, help=text)(command)
     return command
+
+
+def _said(name: str, methods: list[str]) -> str:
+    """What an option means: in the words of its best known method, and in those of others where it means more."""
+    said = {method: _plain(options(method)[name].help) for method in methods}
+    first = "rigl" if "rigl" in methods else methods[0]
+    others = {method: text for method, text in said.items() if name in DIFFERING and method != first}
+    return " ".join([said[first], *(f"Of {method}: {text}" for method, text in others.items())])
 
 
 def _outer_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,7 +189,7 @@ def _plain(said: str) -> str:
 
 
 def _metavar(words: str) -> str:
-    return {"a number": "NUMBER", "an integer": "N"}.get(words, words.replace(" ", ""))
+    return {"a number": "NUMBER", "an integer": "N", "a name": "NAME"}.get(words, words.replace(" ", ""))
 
 
 @cli.command()
@@ -411,8 +421,8 @@ def _command() -> str:
 
 
 def _is_explicit(chosen: Mapping[str, str]) -> bool:
-    """Whether the allocation alone says how many entries are active."""
-    return "=" in chosen.get("allocate", "") and "rest=" not in chosen["allocate"]
+    """Whether an allocation or a pattern alone says how many entries are active."""
+    return "n" in chosen or "=" in chosen.get("allocate", "") and "rest=" not in chosen["allocate"]
 
 
 def _progress() -> Progress:

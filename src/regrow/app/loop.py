@@ -137,7 +137,6 @@ def build(config: Config, data: datasets.Data) -> Run:
     known = regrow.load(config.weights, model) if config.weights else None
     method = method._replace(start=_start(outer, own, method, known))
     optimizer = _optimizer(config, model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config, around))
     storage = storage_for(config, method)
     if storage == "masked":
         # A record of every position, which the other storages exist to avoid.
@@ -155,6 +154,8 @@ def build(config: Config, data: datasets.Data) -> Run:
         seed=config.seed,
         **_first_batches(outer, method, config, data),
     )
+    # After the sparsifier, which may have given the optimizer more to train.
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _lr_schedule(config, around))
     return Run(config, around.steps, model, optimizer, scheduler, sparsifier, forward, baseline, procedure=around)
 
 

@@ -143,6 +143,8 @@ class Option:
     help: str
     default: Any
     """The word for it; None where there is none."""
+    required: bool = False
+    """Whether a method cannot do without it."""
 
 
 def options(method: str) -> dict[str, Option]:
@@ -154,7 +156,8 @@ def options(method: str) -> dict[str, Option]:
     for name, parameter in inspect.signature(recipe).parameters.items():
         parse, words = _parser(hints[name])
         default = None if parameter.default is parameter.empty else _word(parameter.default)
-        found[name] = Option(name, parse, words, said.get(name, ""), until(method) if name == "until" else default)
+        default = until(method) if name == "until" else default
+        found[name] = Option(name, parse, words, said.get(name, ""), default, parameter.default is parameter.empty)
     return found
 
 
@@ -186,6 +189,9 @@ def make(method: str, given: Mapping[str, str], steps: int) -> Method:
         raise ValueError(
             f"{method}: until is {values['until']:,}, after the run's last step {steps:,}: lower it or train longer"
         )
+    missing = [name for name, option in known.items() if option.required and name not in values]
+    if missing:
+        raise ValueError(f"{method} needs {', '.join(missing)}: {known[missing[0]].help}")
     density = (values.pop("density"),) if "density" in known else ()
     try:
         return RECIPES[method](*density, **values)

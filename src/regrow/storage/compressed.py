@@ -403,6 +403,9 @@ class CompressedParameter:
             for state in weight_shaped_state(self.optimizer, self.parameter).values():
                 state[self.nnz :] = 0
 
+    def stepping(self, step: int) -> None:
+        """Nothing to do: the optimizer steps the values that the model holds."""
+
     def stepped(self) -> None:
         """Project after the optimizer's step, unless it is known to leave zeros at zero."""
         if self.parameter.numel() > self.nnz and not preserves_zeros(self.optimizer, self.parameter):
@@ -524,9 +527,27 @@ class CompressedWeight:
         if topology == self.topology:
             return
         if not self.owner._materialized:
+            if not self.noted.is_dense:
+                self._blank(topology.without(self.noted))
             self.noted = topology
             return
         self.owner.rewire(self._whole_with(topology))
+
+    def _blank(self, newcomers: Tensor) -> None:
+        """What comes back before `materialize`: its value is still there, and must be zero."""
+        owner = self.owner
+        if newcomers.numel() == 0 or owner.parameter.is_meta:
+            return
+        state = weight_shaped_state(owner.optimizer, owner.parameter)
+        for key, tensor in {"": owner.parameter.detach(), **state}.items():
+            block = tensor[slice(*self.rows)]
+            flat = block.reshape(-1).clone()
+            flat[newcomers.to(flat.device)] = 0
+            if key in SECOND_MOMENTS:
+                flat[newcomers.to(flat.device)] = starting_moment(
+                    owner.optimizer, owner.parameter, self._active(tensor), None, newcomers.numel()
+                )
+            block.copy_(flat.view(block.shape))
 
     def restore(self, topology: Topology) -> None:
         """Take on a saved topology without touching values or optimizer state."""

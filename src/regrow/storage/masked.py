@@ -200,6 +200,9 @@ class MaskedParameter:
             for state in weight_shaped_state(self.optimizer, self.parameter).values():
                 zero_outside(state, self.mask_on(state.device))
 
+    def stepping(self, step: int) -> None:
+        """Nothing to do: the optimizer steps the values that the model holds."""
+
     def stepped(self) -> None:
         """Project after the optimizer's step, unless it is known to leave zeros at zero."""
         if not preserves_zeros(self.optimizer, self.parameter):

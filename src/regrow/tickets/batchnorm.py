@@ -18,11 +18,12 @@ def _of_first(model: nn.Module, batch: Any) -> object:
 
 @dataclass
 class _Moments:
-    """Count, mean and sum of squared deviations of all that went through one module, per channel, in float64."""
+    """What went through one module: mean and sum of squared deviations (channels,) in float64, and how much it was."""
 
-    count: float
     mean: Tensor
     squares: Tensor
+    count: float = 0.0
+    batches: float = 0.0
 
     def take(self, x: Tensor) -> None:
         """Add x (batch, channels, ...)."""
@@ -30,10 +31,11 @@ class _Moments:
         over = [d for d in range(x.dim()) if d != 1]
         count = x.numel() // x.shape[1]
         variance, mean = torch.var_mean(x, over, correction=0)
-        self._merge(count, mean, variance * count)
+        self._merge(count, 1, mean, variance * count)
 
-    def _merge(self, count: float, mean: Tensor, squares: Tensor) -> None:
+    def _merge(self, count: float, batches: float, mean: Tensor, squares: Tensor) -> None:
         total = self.count + count
+        self.batches += batches
         if count:
             apart = mean - self.mean
             self.squares += squares + apart**2 * (self.count * count / total)
@@ -45,15 +47,12 @@ class _Moments:
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        count = self.mean.new_tensor([self.count])
-        both = torch.cat([count, self.mean * count, self.squares])
-        parts = [torch.empty_like(both) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, both)
-        self.count, self.mean, self.squares = 0.0, torch.zeros_like(self.mean), torch.zeros_like(self.squares)
+        own = torch.cat([self.mean.new_tensor([self.count, self.batches]), self.mean, self.squares])
+        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, own)
+        self.count, self.batches, self.mean, self.squares = 0.0, 0.0, self.mean * 0, self.squares * 0
         for part in parts:
-            n = float(part[0])
-            sums, squares = part[1:].chunk(2)
-            self._merge(n, sums / max(n, 1.0), squares)
+            self._merge(float(part[0]), float(part[1]), *part[2:].chunk(2))
 
 
 def reestimate_batchnorm(
@@ -91,7 +90,7 @@ def reestimate_batchnorm(
         return
     modes = {m: m.training for m in model.modules()}
     saved = [{name: b.clone() for name, b in m.named_buffers(recurse=False)} for m in modules]
-    found = {m: _Moments(0.0, *(torch.zeros_like(_mean(m), dtype=torch.float64) for _ in range(2))) for m in modules}
+    found = {m: _Moments(*torch.zeros_like(_mean(m), dtype=torch.float64).repeat(2, 1)) for m in modules}
     handles = [m.register_forward_pre_hook(_watch(found[m]), with_kwargs=True) for m in modules]
     done = False
     try:
@@ -142,3 +141,5 @@ def _write(module: _BatchNorm, old: dict[str, Tensor], moments: _Moments | None)
         assert module.running_mean is not None and module.running_var is not None
         module.running_mean.copy_(moments.mean)
         module.running_var.copy_(moments.squares / max(1.0, moments.count - 1))
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.fill_(int(moments.batches))

@@ -1,0 +1,392 @@
+"""Latent storage: a dense parameter that is computed from values which the optimizer steps in its place.
+
+Between steps the parameter holds the effective weight, zero outside its topology, as in masked storage. Right before
+the optimizer steps, the latent values and their gradient take the places of the weight and its own; right after, they
+are taken out again. Beside masked storage this holds the latent values, what is trained beside them, and a second
+gradient during a step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow import selection
+from regrow.method import Latent, Parts
+from regrow.optimizers import add_beside, gradient_scale, has_scheduler, take_out
+from regrow.storage.masked import zero_outside
+from regrow.streams import Stream
+from regrow.topology import Topology
+
+LATENT = "latent"
+"""The key of the latent values in a weight's state."""
+
+
+class LatentParameter:
+    """One dense parameter, the latent values that it is computed from, and its optimizer.
+
+    Args:
+        parameter: any device and real dtype.
+        optimizer: the optimizer that steps the latent values.
+        names: canonical name of each equal block of leading rows; a single name for an ordinary weight.
+        out_axis: which axis counts the outputs.
+        in_axis: which axis counts the inputs.
+        latent: how the weight is computed.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        optimizer: Optimizer,
+        names: Sequence[str],
+        out_axis: int,
+        in_axis: int,
+        latent: Latent,
+    ) -> None:
+        self.parameter = parameter
+        self.optimizer = optimizer
+        self.latent = latent
+        self.keep_dense = True
+        self.fresh = False
+        """Whether a backward reached the parameter since the last step began."""
+        self.reached = False
+        """Whether a backward reached the parameter since the last step ended."""
+        self.holding = False
+        self.drawn = False
+        """Whether the parameter holds the noisy weight of a training forward."""
+        self.restored = False
+        """Whether topologies and state were loaded, and the parameter is yet to be computed from them."""
+        self._through_noise = False
+        self._given: Tensor | None = None
+        self._scale = 1.0
+        self._version = parameter._version
+        rows = parameter.shape[0] // len(names)
+        self.weights = [
+            LatentWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
+        ]
+        accumulated = weakref.WeakMethod(self._accumulated)
+
+        def hook(parameter: Tensor) -> None:
+            """Weak, since the garbage collector does not see through a tensor's hooks."""
+            if (call := accumulated()) is not None:
+                call()
+
+        self._handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def require_free(self) -> None:
+        """Nothing can be in the way."""
+
+    def materialize(self, room: int, seed: int) -> None:
+        """Compute the weight."""
+        self.write(drawn=False)
+
+    def remove(self) -> None:
+        """Detach from parameter and optimizer; the weight that is evaluated stays."""
+        if self.drawn:
+            self.write(drawn=False)
+        self._handle.remove()
+        take_out(self.optimizer, [t for w in self.weights for t in w.trained.values()])
+
+    def show(self, training: bool) -> None:
+        """Hold the noisy weight of this step for a training forward, or else the one that is evaluated."""
+        if training != self.drawn:
+            self.write(drawn=training)
+
+    def write(self, drawn: bool) -> None:
+        """Compute the weight from the latent values, with the noise of this step if `drawn`."""
+        for weight in self.weights:
+            weight.write(drawn)
+        self.drawn = drawn
+
+    def wrote(self) -> None:
+        """What is in the parameter now was computed here."""
+        self._version = self.parameter._version
+
+    def _accumulated(self) -> None:
+        self.fresh = self.reached = True
+        self._through_noise = self.drawn
+        self.mask_gradient()
+
+    def mask_gradient(self) -> None:
+        """Zero the gradient where the method does not read it."""
+        grad = self.parameter.grad
+        if grad is not None and self.latent.reach is not None:
+            for weight in self.weights:
+                zero_outside(grad[weight.rows], self.latent.reach(weight.parts()).to(grad.device))
+
+    def settle(self) -> None:
+        """Nothing is set aside."""
+
+    def set_aside(self) -> None:
+        """Nothing to do: the gradient is read where it is."""
+
+    def release(self) -> None:
+        """Forget the scale of the gradient."""
+        self._scale = 1.0
+
+    def use_scale(self, scale: float) -> None:
+        """Divide by `scale` whatever gradients are read: a fused optimizer's step begins with scaled ones."""
+        self._scale = scale
+
+    def gradient(self) -> Tensor:
+        """The gradient with respect to the effective weight, of the parameter's shape.
+
+        Raises:
+            ValueError: when no backward reached the parameter.
+        """
+        grad = self.parameter.grad
+        if grad is None:
+            name = self.weights[0].name
+            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step()")
+        return grad if self._scale == 1 else grad / self._scale
+
+    def require_finite_gradient(self) -> None:
+        """Raise ValueError when the gradient is not finite."""
+        grad = self.parameter.grad
+        if grad is not None and not selection.is_finite(grad):
+            bad = int((~grad.isfinite()).sum())
+            raise ValueError(
+                f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite: lower the learning "
+                "rate, or skip such steps with a gradient scaler"
+            )
+
+    def project(self) -> None:
+        """Compute the weight anew where state was loaded; refuse values that were written over it.
+
+        Raises:
+            ValueError: when the parameter is not what was computed last.
+        """
+        if self.restored:
+            for weight in self.weights:
+                weight.adopt()
+            self.write(drawn=False)
+            self.restored = False
+        elif self._version != self.parameter._version:
+            if not all(weight.is_written(self.drawn) for weight in self.weights):
+                raise ValueError(
+                    f"{self.weights[0].name} was written to from outside, and is computed from latent values, which "
+                    "would be lost: load or change weights before regrow.sparsify, or load the sparsifier's state too"
+                )
+            self.wrote()
+
+    def project_state(self) -> None:
+        """Nothing to do: the state is that of the latent values, which live everywhere."""
+
+    def stepping(self, step: int) -> None:
+        """Put the latent values and their gradient in the places of the weight and its own."""
+        given = self.parameter.grad
+        if given is None:
+            return
+        scale = gradient_scale(self.optimizer)
+        pulled = torch.empty_like(given)
+        found = [w.pull(given[w.rows], self._through_noise, step, scale) for w in self.weights]
+        for weight, (grad, others) in zip(self.weights, found, strict=True):
+            pulled[weight.rows] = grad.to(pulled.dtype)
+            for name, tensor in weight.trained.items():
+                tensor.grad = others[name]
+            self.parameter.detach()[weight.rows] = weight.state[LATENT]
+        self._given, self.parameter.grad = given, pulled
+
+    def stepped(self) -> None:
+        """Take the latent values out of the parameter, and compute the weight from them."""
+        if self._given is not None:
+            for weight in self.weights:
+                weight.state[LATENT].copy_(self.parameter.detach()[weight.rows])
+                for tensor in weight.trained.values():
+                    tensor.grad = None
+            self.parameter.grad, self._given = self._given, None
+        for weight in self.weights:
+            weight.noise = None
+        self.write(drawn=False)
+
+
+class LatentWeight:
+    """A `SparseWeight` over a block of rows of a parameter that is computed from latent values."""
+
+    def __init__(self, owner: LatentParameter, name: str, rows: slice, out_axis: int, in_axis: int) -> None:
+        self.owner = owner
+        self.name = name
+        self.rows = rows
+        self.out_axis = out_axis
+        self.in_axis = in_axis
+        self.shape = tuple(owner.parameter[rows].shape)
+        self.topology = Topology(self.shape)
+        self.generator = Stream(0, name, 0)
+        self.noise: Tensor | None = None
+        """What was drawn for this step, (shape)."""
+        block = owner.parameter.detach()[rows]
+        self.mask = torch.ones(self.shape, dtype=torch.bool, device=block.device)
+        self.state: dict[str, Tensor] = {LATENT: block.clone(memory_format=torch.contiguous_format)}
+        self.trained = {t.name: nn.Parameter(t.first(_wide(self.state[LATENT]))) for t in owner.latent.trained}
+        self.state |= {name: tensor.detach() for name, tensor in self.trained.items()}
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether the last backward reached this weight; a gradient that someone zeroed or wrote is looked at."""
+        grad = self.owner.parameter.grad
+        return grad is not None and (self.owner.reached or bool(grad.any()))
+
+    def parts(self, noise: Tensor | None = None, trained: Mapping[str, Tensor] | None = None) -> Parts:
+        """What the weight is computed from, `trained` tensors in the place of those held."""
+        latent = _wide(self.state[LATENT]) if trained is None else trained[LATENT]
+        return Parts(latent, self.mask, self.state if trained is None else {**self.state, **trained}, noise)
+
+    def computed(self, drawn: bool) -> Tensor:
+        """The weight of a training forward if `drawn`, else the one that is evaluated, (shape)."""
+        noise = self._noise() if drawn else None
+        value = self.owner.latent.effective(self.parts(noise)).to(self.owner.parameter.dtype, copy=True)
+        if not drawn:
+            zero_outside(value, self.mask)
+        return value
+
+    def write(self, drawn: bool) -> None:
+        """Put what is computed into the parameter."""
+        self._follow()
+        self.owner.parameter.detach()[self.rows] = self.computed(drawn)
+        self.owner.wrote()
+
+    def is_written(self, drawn: bool) -> bool:
+        """Whether the parameter holds what is computed."""
+        return torch.equal(self.owner.parameter.detach()[self.rows], self.computed(drawn))
+
+    def pull(self, given: Tensor, noisy: bool, step: int, scale: float) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Gradients of loss and penalty, times `scale`, from the loss's alone with respect to the weight.
+
+        Args:
+            given: (shape), already times `scale`.
+            noisy: whether it is that of a noisy weight.
+            step: of the optimizer.
+            scale: of a gradient scaler.
+
+        Returns:
+            With respect to the latent values (shape), and to each tensor trained beside them by its name.
+        """
+        latent = self.owner.latent
+        leaves = {
+            key: _wide(t).detach().requires_grad_() for key, t in {LATENT: self.state[LATENT], **self.trained}.items()
+        }
+        with torch.enable_grad():
+            parts = self.parts(self._noise() if noisy else None, leaves)
+            outputs = [latent.effective(parts)]
+            grads = [given.to(outputs[0].dtype)]
+            if latent.penalty is not None:
+                outputs.append(latent.penalty(parts, step))
+                grads.append(torch.full_like(outputs[1], scale))
+            first, *others = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        return first, dict(zip(self.trained, others, strict=True))
+
+    def adopt(self) -> None:
+        """Train on what was loaded into `state`."""
+        for name, tensor in self.trained.items():
+            tensor.detach().copy_(self.state[name])
+            self.state[name] = tensor.detach()
+        self.noise = None
+
+    def values(self) -> Tensor:
+        """Active values of the weight that is evaluated, (nnz,)."""
+        block = self.computed(drawn=False).view(-1)
+        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
+
+    def set_values(self, values: Tensor) -> None:
+        """Refuse `values` (nnz,), which say nothing of what they would be computed from."""
+        raise ValueError(
+            f"{self.name} is computed from latent values and cannot be set: call sparsifier.harden() first, or change "
+            "weights before regrow.sparsify"
+        )
+
+    def grads(self) -> Tensor:
+        """Gradients of the loss at the active entries, (nnz,)."""
+        block = self._gradient()
+        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
+
+    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The gradient at every position that the method reads, in one block."""
+        yield 0, self._gradient()
+
+    def grads_at(self, positions: Tensor) -> Tensor:
+        """The gradient at ascending flat `positions` (n,), (n,)."""
+        block = self._gradient()
+        return block[positions.to(block.device)]
+
+    def _gradient(self) -> Tensor:
+        return self.owner.gradient().detach()[self.rows].reshape(-1)
+
+    def rewire(self, topology: Topology) -> None:
+        """Change the topology; latent values and their optimizer state stay as they are everywhere."""
+        if topology != self.topology:
+            self.restore(topology)
+            self.owner.restored = False
+            self.write(self.owner.drawn)
+
+    def restore(self, topology: Topology) -> None:
+        """Take on a saved topology; the parameter is computed when its state is there too."""
+        self.topology = topology.to(self.owner.parameter.device)
+        self.mask = self.topology.mask.to(self.owner.parameter.device)
+        self.owner.restored = True
+
+    def _noise(self) -> Tensor:
+        draw = self.owner.latent.noise
+        assert draw is not None
+        if self.noise is None:
+            like = _wide(self.state[LATENT])
+            self.noise = torch.from_numpy(draw(self.generator, like.numel())).view(self.shape).to(like)
+        return self.noise
+
+    def _follow(self) -> None:
+        """Move along where the model was moved."""
+        device = self.owner.parameter.device
+        if self.state[LATENT].device != device:
+            for name, tensor in self.trained.items():
+                tensor.data = tensor.data.to(device)
+                self.state[name] = tensor.detach()
+            self.state = {key: tensor.to(device) for key, tensor in self.state.items()}
+            self.mask, self.noise = self.mask.to(device), None
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: small steps of what is trained beside half-precision values would vanish."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def latent_parameters(
+    found: Sequence[tuple[nn.Parameter, Optimizer, Sequence[str], int, int]], method: str, latent: Latent
+) -> list[LatentParameter]:
+    """Latent storage of parameters; what is trained beside them joins the optimizers that hold them.
+
+    Args:
+        found: each parameter with its optimizer, names, output axis and input axis.
+        method: its name, for errors.
+        latent: how weights are computed.
+
+    Raises:
+        ValueError: when a learning-rate scheduler is there already that would not know what is added.
+    """
+    optimizers = list({id(optimizer): optimizer for _, optimizer, *_ in found}.values())
+    if latent.trained and any(has_scheduler(optimizer) for optimizer in optimizers):
+        names = ", ".join(t.name for t in latent.trained)
+        raise ValueError(
+            f"{method}: trains {names} beside the weights, of which a learning-rate scheduler that was built before "
+            "would not know: build it after regrow.sparsify"
+        )
+    parameters = [LatentParameter(*f, latent) for f in found]
+    try:
+        for optimizer in optimizers:
+            _join(optimizer, [p for p in parameters if p.optimizer is optimizer], latent)
+    except BaseException:
+        for parameter in parameters:
+            parameter.remove()
+        raise
+    return parameters
+
+
+def _join(optimizer: Optimizer, parameters: Sequence[LatentParameter], latent: Latent) -> None:
+    """Add to an optimizer what is trained beside `parameters`, one group for each kind and group of theirs."""
+    for group in list(optimizer.param_groups):
+        inside = [p for p in parameters if any(p.parameter is q for q in group["params"])]
+        for kind in latent.trained if inside else ():
+            tensors = [w.trained[kind.name] for p in inside for w in p.weights]
+            add_beside(optimizer, group, tensors, kind.lr, kind.weight_decay)

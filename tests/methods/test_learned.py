@@ -1,0 +1,668 @@
+"""Methods that train latent values: whole runs against plain NumPy programs with gradients written by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import regrow
+from regrow import allocation
+from regrow.method import Method
+from regrow.methods import RECIPES
+from regrow.streams import Stream
+from test_oracles import (
+    LR,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Array,
+    Arrays,
+    Batch,
+    backward,
+    batches,
+    masks,
+    network,
+    sgd,
+    share_out,
+    top,
+)
+
+STEPS = 12
+Changes = list[tuple[Any, ...]]
+
+
+def nets(kind: str, seed: int) -> nn.Module:
+    """`network`, or one whose inputs come in fours."""
+    if kind != "fours":
+        return network(kind, seed)
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+def data(kind: str, seed: int) -> list[Batch]:
+    return batches("mlp" if kind == "fours" else kind, seed, STEPS)
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def cubic(first: float, last: float, begin: int, until: int, step: int) -> float:
+    return last + (first - last) * (1 - min(max((step - begin) / (until - begin), 0), 1)) ** 3
+
+
+class Program:
+    """SGD with momentum and weight decay on latent values v, and on what a paper trains beside them.
+
+    A paper says how `effective` weights come from v (`mask` is the present topology), and how the gradient with respect
+    to these, G, reaches v (`pull`); both by hand.
+    """
+
+    lr: float | None = None
+    decay: float | None = 0.0
+
+    def __init__(self, options: dict[str, Any], model: nn.Module, seed: int) -> None:
+        self.o = options
+        self.model = model
+        self.seed = seed
+        self.t = 0
+        self.shape = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        self.v = {n: p.detach().numpy().ravel().copy() for n, p in model.named_parameters()}
+        self.sparse = [n for n, shape in self.shape.items() if len(shape) > 1]
+        self.s = {n: self.first(n) for n in self.sparse}
+        self.momentum: Arrays = {n: np.zeros_like(v) for n, v in self.v.items()}
+        self.s_momentum: Arrays = {n: np.zeros_like(s) for n, s in self.s.items()}
+        self.mask = {n: np.ones(self.v[n].size, bool) for n in self.sparse}
+        self.lr, self.decay = options.get("lr", self.lr), options.get("weight_decay", self.decay)
+        self.choose()
+
+    def first(self, n: str) -> Array:
+        return np.zeros(0)
+
+    def effective(self, n: str) -> Array:
+        return self.v[n] * self.mask[n]
+
+    def noisy(self, n: str) -> Array:
+        return self.effective(n)
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        return G, np.zeros(0)
+
+    def choose(self) -> None:
+        raise NotImplementedError
+
+    def stream(self, n: str) -> Stream:
+        return Stream(self.seed, n, self.t)
+
+    def train(self, batch: Batch) -> None:
+        self.t += 1
+        held = {n: self.noisy(n) if n in self.mask else v for n, v in self.v.items()}
+        p = {n: torch.from_numpy(w).view(self.shape[n]).clone().requires_grad_() for n, w in held.items()}
+        loss = nn.functional.cross_entropy(torch.func.functional_call(self.model, p, (batch[0],)), batch[1])
+        G = {n: g.numpy().ravel() for n, g in zip(p, torch.autograd.grad(loss, list(p.values())), strict=True)}
+        for n in self.v:
+            gv, gs = self.pull(n, G[n]) if n in self.mask else (G[n], np.zeros(0))
+            self.momentum[n] = MOMENTUM * self.momentum[n] + gv + WEIGHT_DECAY * self.v[n]
+            self.v[n] = self.v[n] - LR * self.momentum[n]
+            if gs.size:
+                decay = WEIGHT_DECAY if self.decay is None else self.decay
+                self.s_momentum[n] = MOMENTUM * self.s_momentum[n] + gs + decay * self.s[n]
+                self.s[n] = self.s[n] - (LR if self.lr is None else self.lr) * self.s_momentum[n]
+        self.choose()
+
+    def counts(self, density: float | None, score: Arrays) -> list[int]:
+        sizes, allocate = [self.v[n].size for n in self.sparse], self.o.get("allocate", "uniform")
+        if isinstance(allocate, dict):
+            return [int(allocate[n] * self.v[n].size + 0.5) for n in self.sparse]
+        assert density is not None
+        total = int(np.floor(density * sum(sizes) + 0.5))
+        if allocate == "globally":
+            pooled = np.concatenate([score[n] for n in self.sparse])
+            owner = np.repeat(self.sparse, sizes)[np.argsort(-pooled, kind="stable")[:total]]
+            return [int((owner == n).sum()) for n in self.sparse]
+        shares = [float(np.prod(self.shape[n]) if allocate == "uniform" else sum(self.shape[n])) for n in self.sparse]
+        return share_out(shares, total, sizes)
+
+    def highest(self, density: float | None, score: Arrays) -> Arrays:
+        chosen = {}
+        for n, count in zip(self.sparse, self.counts(density, score), strict=True):
+            chosen[n] = np.isin(np.arange(score[n].size), top(score[n], count, np.arange(score[n].size)))
+        return chosen
+
+    def magnitudes(self) -> Arrays:
+        return {n: np.abs(self.v[n]) for n in self.sparse}
+
+
+class Straight(Program):
+    """DNW and STE."""
+
+    def choose(self) -> None:
+        density, ramp = self.o["density"], self.o.get("ramp")
+        self.mask = self.highest(density if ramp is None else cubic(1, density, 0, ramp, self.t), self.magnitudes())
+
+
+class SrSte(Program):
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        return G + self.o.get("decay", 2e-4) * self.v[n] * ~self.mask[n], np.zeros(0)
+
+    def choose(self) -> None:
+        if self.o.get("n") is None:
+            self.mask = self.highest(self.o["density"], self.magnitudes())
+            return
+        for n in self.sparse:
+            groups = np.abs(self.v[n]).reshape(-1, self.o["m"])
+            best = np.argsort(-groups, axis=1, kind="stable")[:, : self.o["n"]]
+            chosen = np.zeros(groups.shape, bool)
+            np.put_along_axis(chosen, best, True, axis=1)
+            self.mask[n] = chosen.ravel()
+
+
+class TopKast(Program):
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        weight = self.mask[n] + (self.B[n] & ~self.mask[n]) / self.o["density"]
+        return G * self.B[n] + self.o.get("penalty", 1e-4) * weight * np.sign(self.v[n]), np.zeros(0)
+
+    def choose(self) -> None:
+        if self.t % self.o.get("interval", 1) == 0:
+            self.mask = self.highest(self.o["density"], self.magnitudes())
+            self.B = self.highest(self.o["backward_density"], self.magnitudes())
+
+
+class Str(Program):
+    decay = None
+
+    def first(self, n: str) -> Array:
+        return np.full(1, self.o.get("initial", -10.0))
+
+    def g(self, s: Any) -> Any:
+        return sigmoid(s) if self.o.get("threshold", "sigmoid") == "sigmoid" else np.exp(s)
+
+    def effective(self, n: str) -> Array:
+        return np.sign(self.v[n]) * np.maximum(np.abs(self.v[n]) - self.g(self.s[n]), 0)
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        slope = (self.g(self.s[n] + 1e-6) - self.g(self.s[n] - 1e-6)) / 2e-6
+        seen = G * (np.abs(self.v[n]) > self.g(self.s[n]))
+        return seen, -slope * (np.sign(self.v[n]) * seen).sum()
+
+    def choose(self) -> None:
+        self.mask = {n: np.abs(self.v[n]) > self.g(self.s[n]) for n in self.sparse}
+
+
+class Movement(Program):
+    def first(self, n: str) -> Array:
+        return np.zeros(self.v[n].size)
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        return G * self.mask[n], G * self.v[n]
+
+    def choose(self) -> None:
+        density = cubic(1, self.o["density"], self.o.get("begin", 0), self.o["until"], self.t)
+        self.mask = self.highest(density, self.s)
+
+
+class SoftMovement(Movement):
+    lr = 1e-2
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        penalty = cubic(0, self.o.get("penalty", 1e-5), self.o.get("begin", 0), self.o["until"], self.t)
+        p = sigmoid(self.s[n])
+        return G * self.mask[n], G * self.v[n] + penalty * p * (1 - p)
+
+    def choose(self) -> None:
+        self.mask = {n: sigmoid(self.s[n]) > self.o.get("threshold", 0.1) for n in self.sparse}
+
+
+class L0(Program):
+    def first(self, n: str) -> Array:
+        p = self.o.get("droprate", 0.5)
+        return np.full(self.v[n].size, math.log((1 - p) / p))
+
+    @property
+    def beta(self) -> float:
+        return float(self.o.get("temperature", 2 / 3))
+
+    def soft(self, n: str) -> Array:
+        u = np.clip(self.stream(n).uniform(self.v[n].size), 1e-6, 1 - 1e-6)
+        return sigmoid((np.log(u) - np.log(1 - u) + self.s[n]) / self.beta)
+
+    def effective(self, n: str) -> Array:
+        return self.v[n] * np.clip(sigmoid(self.s[n]) * 1.2 - 0.1, 0, 1)
+
+    def noisy(self, n: str) -> Array:
+        return self.v[n] * np.clip(self.soft(n) * 1.2 - 0.1, 0, 1)
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        soft = self.soft(n)
+        stretched = soft * 1.2 - 0.1
+        inside = (stretched > 0) & (stretched < 1)
+        p = sigmoid(self.s[n] - self.beta * math.log(0.1 / 1.1))
+        slope = G * self.v[n] * inside * 1.2 * soft * (1 - soft) / self.beta
+        return G * np.clip(stretched, 0, 1), slope + self.o.get("penalty", 0.1 / 60_000) * p * (1 - p)
+
+    def choose(self) -> None:
+        self.mask = {n: sigmoid(self.s[n]) * 1.2 - 0.1 > 0 for n in self.sparse}
+
+
+class VariationalDropout(Program):
+    def first(self, n: str) -> Array:
+        return np.full(self.v[n].size, self.o.get("log_variance", -10.0))
+
+    def log_alpha(self, n: str) -> Array:
+        return np.clip(self.s[n] - np.log(self.v[n] ** 2 + 1e-8), -8, 8)
+
+    def noisy(self, n: str) -> Array:
+        return self.v[n] + np.exp(self.s[n] / 2) * self.stream(n).normal(self.v[n].size)
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        a = self.log_alpha(n)
+        p = sigmoid(1.8732 + 1.48695 * a)
+        # Of 0.5 log(1 + 1 / alpha) the derivative by log alpha is -0.5 / (1 + alpha).
+        slope = (-0.63576 * 1.48695 * p * (1 - p) - 0.5 / (1 + np.exp(a))) * (np.abs(a) < 8)
+        slope *= self.o.get("penalty", 1 / 60_000)
+        noise = self.stream(n).normal(self.v[n].size)
+        through = G * noise * np.exp(self.s[n] / 2) / 2
+        return G - slope * 2 * self.v[n] / (self.v[n] ** 2 + 1e-8), through + slope
+
+    def choose(self) -> None:
+        self.mask = {n: self.log_alpha(n) < self.o.get("threshold", 3.0) for n in self.sparse}
+
+
+PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
+    "dnw": Straight,
+    "ste": Straight,
+    "sr_ste": SrSte,
+    "top_kast": TopKast,
+    "str": Str,
+    "movement": Movement,
+    "soft_movement": SoftMovement,
+    "l0": L0,
+    "variational_dropout": VariationalDropout,
+}
+TRAINED = {
+    "str": "threshold",
+    "movement": "scores",
+    "soft_movement": "scores",
+    "l0": "log_alpha",
+    "variational_dropout": "log_variance",
+}
+"""What is trained beside the latent values, by its name in a weight's state."""
+
+
+@dataclass
+class Trace:
+    """Masks and evaluated weights at the start and after every step; then all that is trained, and its momentum."""
+
+    masks: list[Arrays]
+    weights: list[Arrays]
+    v: Arrays
+    momentum: Arrays
+    s: Arrays
+    s_momentum: Arrays
+
+    def first_difference(self, other: Trace) -> int | None:
+        pairs = enumerate(zip(self.masks, other.masks, strict=True))
+        return next((t for t, (a, b) in pairs if any((a[n] != b[n]).any() for n in a)), None)
+
+
+def expected(name: str, options: dict[str, Any], kind: str, seed: int = 0) -> Trace:
+    run = PAPERS[name](options, nets(kind, seed), seed)
+    shown = lambda: {n: run.effective(n) * run.mask[n] for n in run.sparse}  # noqa: E731
+    kept, weights = [dict(run.mask)], [shown()]
+    for batch in data(kind, seed):
+        run.train(batch)
+        kept.append(dict(run.mask))
+        weights.append(shown())
+    return Trace(kept, weights, run.v, run.momentum, run.s, run.s_momentum)
+
+
+def library(name: str, options: dict[str, Any]) -> Method:
+    words = {k: allocation.explicit(v) if isinstance(v, dict) else v for k, v in options.items()}
+    if isinstance(words.get("allocate"), str):
+        words["allocate"] = getattr(allocation, words["allocate"])
+    return RECIPES[name](**words)
+
+
+def actual(name: str, options: dict[str, Any], kind: str, seed: int = 0) -> Trace:
+    model = nets(kind, seed)
+    optimizer = sgd(model)
+    sparsifier = regrow.sparsify(model, optimizer, library(name, options), seed=seed)
+    named = dict(model.named_parameters())
+    shown = lambda: {w.name: named[w.name].detach().numpy().ravel().copy() for w in sparsifier.weights}  # noqa: E731
+    kept, weights = [masks(sparsifier)], [shown()]
+    for batch in data(kind, seed):
+        backward(model, batch)
+        optimizer.step()
+        kept.append(masks(sparsifier))
+        weights.append(shown())
+    v = {n: p.detach().numpy().ravel() for n, p in named.items()}
+    v |= {w.name: w.state["latent"].numpy().ravel() for w in sparsifier.weights}
+    momentum = {n: optimizer.state[p]["momentum_buffer"].numpy().ravel() for n, p in named.items()}
+    beside = {} if name not in TRAINED else {w.name: w.state[TRAINED[name]].numpy().ravel() for w in sparsifier.weights}
+    own = [p for group in optimizer.param_groups[1:] for p in group["params"]]
+    return Trace(
+        kept,
+        weights,
+        v,
+        momentum,
+        beside,
+        {n: optimizer.state[p]["momentum_buffer"].numpy().ravel() for n, p in zip(beside, own, strict=True)},
+    )
+
+
+def assert_same(found: Trace, wanted: Trace) -> None:
+    assert found.first_difference(wanted) is None
+    for mine, theirs, kept in zip(found.weights, wanted.weights, wanted.masks, strict=True):
+        for n in theirs:
+            np.testing.assert_allclose(mine[n], theirs[n], rtol=1e-7, atol=1e-11, err_msg=n)
+            assert not mine[n][~kept[n]].any()
+    for ours, theirs in ((found.v, wanted.v), (found.momentum, wanted.momentum)):
+        assert ours.keys() == theirs.keys()
+        for n in theirs:
+            np.testing.assert_allclose(ours[n], theirs[n], rtol=1e-7, atol=1e-11, err_msg=n)
+    for ours, theirs in ((found.s, wanted.s), (found.s_momentum, wanted.s_momentum)):
+        for n in ours:
+            np.testing.assert_allclose(ours[n], theirs[n], rtol=1e-7, atol=1e-11, err_msg=n)
+
+
+EXPLICIT = {"0.weight": 0.1, "2.weight": 0.5, "5.weight": 0.75}
+SHORT: dict[str, dict[str, Any]] = {
+    "dnw": {"density": 0.3},
+    "ste": {"density": 0.3},
+    "sr_ste": {"density": 0.3},
+    "top_kast": {"density": 0.3, "backward_density": 0.6},
+    "str": {"initial": -3.0},
+    "movement": {"density": 0.3, "until": 9},
+    "soft_movement": {"until": 9, "threshold": 0.4999, "penalty": 0.01},
+    "l0": {"droprate": 0.9166, "penalty": 0.005},
+    "variational_dropout": {"log_variance": -3.0, "penalty": 0.01},
+}
+RUNS: list[tuple[str, dict[str, Any]]] = [
+    ("dnw", {}),
+    ("dnw", {"allocate": "globally"}),
+    ("ste", {}),
+    ("ste", {"ramp": 9, "allocate": "erk"}),
+    ("ste", {"ramp": 5, "allocate": "globally"}),
+    ("sr_ste", {}),
+    ("sr_ste", {"decay": 0.03}),
+    ("top_kast", {}),
+    ("top_kast", {"penalty": 0.02, "interval": 3, "allocate": "globally"}),
+    ("top_kast", {"backward_density": 1.0, "allocate": "erk"}),
+    ("str", {}),
+    ("str", {"threshold": "exp", "lr": 0.05, "weight_decay": 0.3}),
+    ("movement", {}),
+    ("movement", {"begin": 2, "allocate": "globally"}),
+    ("soft_movement", {}),
+    ("soft_movement", {"begin": 3, "lr": None, "threshold": 0.5}),
+    ("l0", {}),
+    ("l0", {"droprate": 0.9, "temperature": 0.9, "lr": 0.5, "penalty": 0.05}),
+    ("variational_dropout", {}),
+    ("variational_dropout", {"penalty": 0.1, "threshold": 1.0, "lr": 0.5}),
+]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize(("name", "options"), RUNS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
+def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: str) -> None:
+    """Property 1 and section 6.6: topologies, weights, latent values, what is beside them, and momentum."""
+    for seed in range(3):
+        wanted = expected(name, SHORT[name] | options, kind, seed)
+        assert_same(actual(name, SHORT[name] | options, kind, seed), wanted)
+        # What is compared moves, and what is inactive comes back.
+        first, last = wanted.masks[0], wanted.masks[-1]
+        assert any((first[n] != last[n]).any() for n in first)
+
+
+@pytest.mark.parametrize("options", [{"n": 2, "m": 4}, {"n": 1, "m": 4, "decay": 0.3}, {"n": 3, "m": 4}])
+def test_a_pattern_run_is_that_of_the_paper(options: dict[str, Any]) -> None:
+    for seed in range(3):
+        wanted = expected("sr_ste", options, "fours", seed)
+        assert_same(actual("sr_ste", options, "fours", seed), wanted)
+        for n, mask in wanted.masks[-1].items():
+            assert (mask.reshape(-1, 4).sum(1) == options["n"]).all(), n
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "dnw": {"density": 0.3},
+    "ste": {"density": 0.3},
+    "sr_ste": {"density": 0.3},
+    "top_kast": {"density": 0.3, "backward_density": 0.6},
+    "movement": {"density": 0.3, "until": 9},
+    "soft_movement": {"until": 9},
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_what_is_not_given_is_the_papers(name: str) -> None:
+    """Property 48: a default is an option value too."""
+    options = NEEDED.get(name, {})
+    wanted = expected(name, options, "mlp")
+    assert_same(actual(name, options, "mlp"), wanted)
+    assert not np.array_equal(wanted.v["0.weight"], nets("mlp", 0)[0].weight.detach().numpy().ravel())
+
+
+FOURS = {"n": 2, "m": 4, "density": None}
+DENSITY: Changes = [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT}, 0)]
+ALLOCATE: Changes = [({"allocate": "erk"}, 0), ({"allocate": "globally"}, 0)]
+CASES: dict[str, dict[str, Changes]] = {
+    "dnw": {"density": DENSITY, "allocate": ALLOCATE},
+    "ste": {"density": DENSITY, "ramp": [({"ramp": 9}, 0), ({"ramp": 5}, 1, {"ramp": 9})], "allocate": ALLOCATE},
+    "sr_ste": {
+        "density": DENSITY,
+        "n": [({"n": 1}, 0, FOURS)],
+        "m": [({"m": 2}, 0, FOURS | {"n": 1})],
+        "decay": [({"decay": 0.0}, 6), ({"decay": 0.03}, 1)],
+        "allocate": ALLOCATE,
+    },
+    "top_kast": {
+        "density": DENSITY[:1],
+        "backward_density": [({"backward_density": 1.0}, 11), ({"backward_density": 0.3}, 1)],
+        "penalty": [({"penalty": 0.0}, 6), ({"penalty": 0.02}, 1)],
+        "interval": [({"interval": 3}, 1)],
+        "allocate": ALLOCATE,
+    },
+    "str": {
+        "initial": [({"initial": -2.0}, 0)],
+        "threshold": [({"threshold": "exp"}, 0)],
+        "lr": [({"lr": 0.5}, 2), ({"lr": 0.0}, 7)],
+        "weight_decay": [({"weight_decay": 0.3}, 2), ({"weight_decay": 0.0}, 7)],
+    },
+    "movement": {
+        "density": [({"density": 0.2}, 1)],
+        "until": [({"until": 7}, 1)],
+        "begin": [({"begin": 3}, 1)],
+        "allocate": [({"allocate": "erk"}, 1), ({"allocate": "globally"}, 1)],
+    },
+    "soft_movement": {
+        "until": [({"until": 5}, 2)],
+        "begin": [({"begin": 3}, 2)],
+        "threshold": [({"threshold": 0.4995}, 2), ({"threshold": 0.5}, 0)],
+        "penalty": [({"penalty": 0.0}, 2), ({"penalty": 0.1}, 2)],
+        "lr": [({"lr": None}, 1), ({"lr": 0.001}, 2)],
+    },
+    "l0": {
+        "penalty": [({"penalty": 0.0}, 3), ({"penalty": 0.05}, 1)],
+        "droprate": [({"droprate": 0.9}, 2), ({"droprate": 0.93}, 0)],
+        "temperature": [({"temperature": 0.9}, 3)],
+        "lr": [({"lr": 0.5}, 1), ({"lr": 0.0}, 2)],
+    },
+    "variational_dropout": {
+        "penalty": [({"penalty": 0.0}, 2), ({"penalty": 0.1}, 1)],
+        "threshold": [({"threshold": 1.0}, 0)],
+        "log_variance": [({"log_variance": -4.0}, 0)],
+        "lr": [({"lr": 0.5}, 7), ({"lr": 0.0}, 5)],
+    },
+}
+FLAT = [
+    pytest.param(name, *case, *[{}] * (3 - len(case)), id=f"{name}-{'-'.join(f'{k}={v}' for k, v in case[0].items())}")
+    for name, options in CASES.items()
+    for changes in options.values()
+    for case in changes
+]
+
+
+@pytest.mark.parametrize(("name", "change", "first", "both"), FLAT)
+def test_an_option_makes_the_difference_that_is_predicted(
+    name: str, change: dict[str, Any], first: int, both: dict[str, Any]
+) -> None:
+    """Property 48."""
+    kind = "fours" if "m" in both else "conv"
+    plain, changed = SHORT[name] | both, SHORT[name] | both | change
+    default, other = (expected(name, options, kind) for options in (plain, changed))
+    found = actual(name, changed, kind)
+    assert default.first_difference(other) == first
+    assert found.first_difference(default) == first
+    assert_same(found, other)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (name, {"density": d}, rf"density must lie in \(0, 1\], got {d:g}")
+        for name in list(NEEDED)[:3]
+        for d in (0.0, 1.5)
+    ),
+    ("movement", {"density": -1.0}, r"density must lie in \(0, 1\], got -1"),
+    ("top_kast", {"density": 0.0}, r"density must lie in \(0, 1\], got 0"),
+    ("ste", {"ramp": 0}, "the ramp must take 1 step or more, got 0"),
+    ("ste", {"ramp": 7, "density": None}, "a ramp of 7 steps needs a density to end at, and density is None"),
+    ("sr_ste", {"n": 2}, "n and m belong together, got n = 2 and m = None"),
+    ("sr_ste", {"m": 4}, "n and m belong together, got n = None and m = 4"),
+    ("sr_ste", {"n": 2, "m": 4}, "the pattern 2:4 is a density already, and density is 0.3: give one"),
+    ("sr_ste", {"decay": -1.0}, "decay must be at least 0, got -1"),
+    ("top_kast", {"backward_density": 0.2}, "backward_density must lie from the density, 0.3, to 1, got 0.2"),
+    ("top_kast", {"backward_density": 1.2}, "backward_density must lie from the density, 0.3, to 1, got 1.2"),
+    ("top_kast", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
+    ("top_kast", {"interval": 0}, "choices must be at least 1 step apart, got interval 0"),
+    ("str", {"threshold": "relu"}, "threshold must be one of sigmoid, exp, got 'relu'"),
+    ("str", {"lr": -1.0}, "lr must be at least 0, got -1"),
+    ("str", {"weight_decay": -1.0}, "weight_decay must be at least 0, got -1"),
+    ("soft_movement", {"threshold": 1.0}, r"threshold must lie in \(0, 1\), got 1"),
+    ("soft_movement", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
+    ("soft_movement", {"lr": -1.0}, "lr must be at least 0, got -1"),
+    ("l0", {"penalty": math.nan}, "penalty must be at least 0, got nan"),
+    ("l0", {"droprate": 0.0}, r"droprate must lie in \(0, 1\), got 0"),
+    ("l0", {"temperature": 0.0}, "temperature must be above 0, got 0"),
+    ("l0", {"lr": -1.0}, "lr must be at least 0, got -1"),
+    ("variational_dropout", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
+    ("variational_dropout", {"lr": -1.0}, "lr must be at least 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "told"), REFUSED)
+def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
+    """Property 48."""
+    with pytest.raises(ValueError, match=f"^{name}: {told}"):
+        RECIPES[name](**(SHORT[name] | change))
+
+
+@pytest.mark.parametrize("name", ["movement", "soft_movement"])
+def test_a_ramp_that_ends_before_it_begins_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="begin is 9, until is 9"):
+        RECIPES[name](**(SHORT[name] | {"begin": 9}))
+
+
+def test_a_density_that_leaves_nothing_is_refused_before_anything_changes() -> None:
+    for method in (RECIPES["dnw"](0.001), RECIPES["top_kast"](0.001, backward_density=0.5)):
+        model = nets("mlp", 0)
+        optimizer, before = sgd(model), {n: v.clone() for n, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match="makes none of the 240 sparsified ones active"):
+            regrow.sparsify(model, optimizer, method)
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("threshold", ["sigmoid", "exp"])
+def test_the_gradient_of_a_soft_threshold_is_that_of_finite_differences(threshold: str) -> None:
+    """The first step of s, without momentum or decay, is -lr dL/ds of the loss of a network that autograd never saw."""
+    model, batch = nets("mlp", 3), data("mlp", 3)[0]
+    v = {n: p.detach().clone() for n, p in model.named_parameters()}
+    g = torch.sigmoid if threshold == "sigmoid" else torch.exp
+
+    def loss(s: dict[str, float]) -> float:
+        w = {
+            n: t.sign() * (t.abs() - float(g(torch.tensor(s[n], dtype=torch.float64)))).clamp(min=0) if n in s else t
+            for n, t in v.items()
+        }
+        return float(nn.functional.cross_entropy(torch.func.functional_call(model, w, (batch[0],)), batch[1]))
+
+    names = [n for n, p in model.named_parameters() if p.dim() > 1]
+    at = dict.fromkeys(names, -2.5)
+    slopes = {n: (loss(at | {n: -2.5 + 1e-5}) - loss(at | {n: -2.5 - 1e-5})) / 2e-5 for n in names}
+    sparsifier = regrow.sparsify(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), RECIPES["str"](initial=-2.5, threshold=threshold)
+    )
+    backward(model, batch)
+    sparsifier.optimizers[0].step()
+    for weight in sparsifier.weights:
+        moved = float(weight.state["threshold"]) + 2.5
+        assert moved == pytest.approx(-0.1 * slopes[weight.name], rel=1e-4)
+        assert abs(moved) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["dnw", "ste", "sr_ste", "movement", "top_kast"])
+def test_a_constant_gradient_brings_an_inactive_entry_back(name: str) -> None:
+    """Section 6.6: what reaches an inactive entry is the gradient with respect to the weight that is used."""
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight[:] = torch.tensor([[1.0, -0.9, 0.2, 0.1]])
+    options = {"movement": {"until": 1}, "top_kast": {"backward_density": 0.75, "penalty": 0.0}}.get(name, {})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = regrow.sparsify(model, optimizer, RECIPES[name](0.5, **options))
+    direction = torch.tensor([0.0, 0.0, -1.0, -1.0]).double()
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(direction).sum().backward()
+        optimizer.step()
+    wanted = {"top_kast": [0, 2], "movement": [2, 3]}.get(name, [2, 3])
+    assert sparsifier.topologies["weight"].indices.tolist() == wanted
+    assert model.weight[0].nonzero().view(-1).tolist() == wanted
+
+
+def test_outside_the_backward_set_nothing_is_trained() -> None:
+    """Top-KAST: neither loss nor penalty moves what lies outside B, and a clipped norm does not count it."""
+    model, batch = nets("mlp", 0), data("mlp", 0)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = regrow.sparsify(model, optimizer, RECIPES["top_kast"](0.2, backward_density=0.5, penalty=0.1))
+    for weight in sparsifier.weights:
+        assert int(weight.state["backward"].sum()) == pytest.approx(0.5 * weight.topology.numel, abs=1)
+        assert bool(weight.state["backward"][weight.topology.mask].all())
+    reached = {w.name: w.state["backward"].clone() for w in sparsifier.weights}
+    before = {w.name: w.state["latent"].clone() for w in sparsifier.weights}
+    backward(model, batch)
+    for name, parameter in model.named_parameters():
+        if name in reached:
+            assert not parameter.grad[~reached[name]].any()
+            assert parameter.grad[reached[name]].any()
+    optimizer.step()
+    for weight in sparsifier.weights:
+        assert torch.equal(weight.state["latent"] != before[weight.name], reached[weight.name])
+
+
+def test_a_weight_that_loses_its_last_entry_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nets("mlp", 0)
+    optimizer = sgd(model)
+    sparsifier = regrow.sparsify(model, optimizer, RECIPES["str"](initial=-8.0, threshold="exp", lr=0.0))
+    with torch.no_grad():
+        for group in optimizer.param_groups[1:]:
+            for tensor in group["params"][:1]:
+                tensor.fill_(3.0)
+    backward(model, data("mlp", 0)[0])
+    optimizer.step()
+    assert sparsifier.topologies["0.weight"].nnz == 0
+    assert caplog.messages == ["step 1: the last of the 96 entries of 0.weight went"]
+
+
+def test_diverged_values_are_named() -> None:
+    for name in ("dnw", "str", "soft_movement"):
+        model = nets("mlp", 0)
+        optimizer = sgd(model)
+        sparsifier = regrow.sparsify(model, optimizer, RECIPES[name](**SHORT[name]))
+        sparsifier.weights[1].state["latent"][0, 0] = math.nan
+        backward(model, data("mlp", 0)[0])
+        with pytest.raises(ValueError, match=r"2\.weight: 1 of 108 (scores|values) are NaN"):
+            optimizer.step()
