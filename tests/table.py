@@ -173,7 +173,7 @@ METHODS: dict[str, Row] = {
     "grasp-erk": Row(lambda: methods.grasp(DENSITY, allocate=erk), conserving=True, own=True),
     "synflow": Row(lambda: methods.synflow(DENSITY, rounds=10), conserving=True, own=True, severs=True),
     "force": Row(lambda: methods.force(DENSITY, rounds=4), conserving=True, own=True),
-    "force-uniform": Row(lambda: methods.force(DENSITY, allocate=uniform), conserving=True, own=True),
+    "force-uniform": Row(lambda: methods.force(DENSITY, allocate=uniform), conserving=True, own=True, severs=True),
     "dnw": learned(lambda: methods.dnw(DENSITY), conserving=True, own=True),
     "dnw-global": learned(lambda: methods.dnw(DENSITY, allocate=globally), conserving=True),
     "ste": learned(lambda: methods.ste(DENSITY, ramp=UNTIL, allocate=erk), falling=True),
@@ -185,15 +185,19 @@ METHODS: dict[str, Row] = {
         conserving=True,
     ),
     "str": learned(lambda: methods.str_(initial=-3.0), density=None),
-    "str-exp": learned(lambda: methods.str_(initial=-3.0, threshold="exp", lr=0.02, weight_decay=0.2), density=None),
+    "str-exp": learned(
+        lambda: methods.str_(initial=-3.0, threshold="exp", threshold_lr=0.02, threshold_weight_decay=0.2), density=None
+    ),
     "movement": learned(lambda: methods.movement(DENSITY, until=UNTIL), falling=True),
     "movement-global": learned(
         lambda: methods.movement(DENSITY, until=UNTIL, begin=3, allocate=globally), falling=True
     ),
-    "soft_movement": learned(lambda: methods.soft_movement(until=9, threshold=0.499, penalty=0.01, lr=0.05), density=None),
+    "soft_movement": learned(
+        lambda: methods.soft_movement(until=9, threshold=0.499, penalty=0.01, score_lr=0.05), density=None
+    ),
     "l0": learned(lambda: methods.l0(penalty=0.005, droprate=0.916), density=None, draws=True),
     "variational_dropout": learned(
-        lambda: methods.variational_dropout(penalty=0.05, log_variance=-3.0, lr=0.3), density=None, draws=True
+        lambda: methods.variational_dropout(penalty=0.05, log_variance=-3.0, variance_lr=0.3), density=None, draws=True
     ),
 }
 

@@ -346,6 +346,17 @@ def test_flow_leaves_the_loss_at_the_model_and_reads_one_batch_once() -> None:
     assert read == [0]
 
 
+@pytest.mark.parametrize("question", ["gradients", "curvature", "flow"])
+def test_a_compiled_model_is_asked_as_it_was_written(question: str) -> None:
+    model, data = relu_net().eval(), batches(2)
+    own = weights(model)
+    twice = [
+        QUESTIONS[question](BatchProbe(m, [(p, 1) for p in own], data, squares), own)
+        for m in (model, torch.compile(model, backend="aot_eager"))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
+
+
 # What is left behind.
 
 QUESTIONS: dict[str, Callable[[BatchProbe, list[nn.Parameter]], list[Tensor]]] = {

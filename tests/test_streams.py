@@ -132,10 +132,13 @@ def test_an_impossible_subset_is_refused(count: int) -> None:
 
 @given(st.integers(0, 2**40), st.text(max_size=12), st.integers(0, 10**9), st.integers(0, 40))
 def test_normal_draws_are_sums_of_the_words_sixteen_bit_parts(seed: int, name: str, step: int, count: int) -> None:
-    words = philox(key(seed, name, step), 3 * count)
+    """Three words each; what is drawn next begins right behind them."""
+    *words, after = philox(key(seed, name, step), 3 * count + 1)
     parts = [w >> shift & 0xFFFF for w in words for shift in (0, 16, 32, 48)]
     sums = [sum(parts[12 * i : 12 * i + 12]) for i in range(count)]
-    assert Stream(seed, name, step).normal(count).tolist() == [(s - 6 * 0xFFFF) / 2**16 for s in sums]
+    stream = Stream(seed, name, step)
+    assert stream.normal(count).tolist() == [(s - 6 * 0xFFFF) / 2**16 for s in sums]
+    assert stream.integers(97, 1).tolist() == [after % 97]
 
 
 def test_normal_draws_have_the_moments_that_they_claim() -> None:

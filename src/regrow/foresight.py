@@ -161,8 +161,8 @@ def outputs_in_rounds(name: str, density: float | None, rounds: int, prune_last:
             held = ", ".join(w.name for w, k in zip(weights, kept, strict=True) if k)
             whole = f" and all of {held}" if held else ""
             raise ValueError(
-                f"{name}: one output of each weight{whole} are {least:,} of {weights.numel:,} entries, and density "
-                f"{density:g} asks for {total:,}: raise it{', or give prune_last=True or skip=' if held else ''}"
+                f"{name}: one output of each weight{whole} take {least:,} of {weights.numel:,} entries, and density "
+                f"{density:g} leaves {total:,}: raise the density{', or give prune_last=True' if held else ''}"
             )
 
     def make(weights: Weights, probe: Probe) -> None:

@@ -62,7 +62,8 @@ class BatchProbe:
     ) -> None:
         if isinstance(batches, Iterator):
             raise ValueError("batches= is read several times here, and an iterator can be read once: give a list of it")
-        self.model = model
+        # Compiled code has no second derivative, and would be compiled anew in double precision.
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.parameters = list(parameters)
         self.batches = batches
         self.loss = loss
@@ -108,7 +109,7 @@ class BatchProbe:
                 own = [copies[p] for p, _ in self.parameters]
                 grads = _gradient(_summed(model(*args, **kwargs)), own)
             # Batches, and with them the sums, may differ from rank to rank.
-            means = _over_ranks(own, [None if g is None else g.detach() for g in grads], 1)
+            means = _over_ranks(own, [None if g is None else _wide(g) for g in grads], 1)
         return self._of_weights(means, "flow of an input of ones")
 
     def _of_parameters(self, each: Sequence[T]) -> list[tuple[nn.Parameter, list[T]]]:

@@ -215,8 +215,8 @@ def _pruned_and_grown(
         pruned = _largest(weights, density, allocate, structure, last)
         for weight, topology, pattern in zip(weights, pruned, _patterns(weights, structure, last), strict=True):
             stays = topology.nnz - share(fraction, topology.nnz)
-            own = everywhere(weight, magnitude(weight))
-            rest = pattern(weight, _only(own, topology), stays) if stays else Topology(weight.shape, _no_positions())
+            score = everywhere(weight, magnitude(weight))
+            rest = pattern(weight, score, stays) if stays else Topology(weight.shape, _no_positions())
             kept.append(rest)
             grown.append(_grown(weight, rest, topology.nnz - rest.nnz, pattern))
         rewire(weights, kept)
@@ -246,12 +246,6 @@ def _largest(
 
 def _patterns(weights: Weights, structure: Structure, last: Structure) -> list[Structure]:
     return [structure] * (len(weights) - 1) + [last]
-
-
-def _only(score: Tensor, topology: Topology) -> Tensor:
-    """`score` (numel,) with -inf outside `topology`."""
-    active = topology.indices.to(score.device)
-    return torch.full_like(score, -math.inf).index_copy_(0, active, score[active])
 
 
 def _no_positions() -> Tensor:

@@ -172,9 +172,7 @@ def best_of_each(score: Tensor, counts: Tensor) -> Tensor:
     threshold = best.gather(1, (counts - 1).clamp(min=0)[:, None])
     above, ties = score > threshold, score == threshold
     room = counts - above.sum(1)
-    chosen = above | (ties & (ties.cumsum(1) <= room[:, None]))
-    chosen[counts == 0] = False
-    return chosen
+    return above | (ties & (ties.cumsum(1) <= room[:, None]))
 
 
 def evenly(score: Tensor, count: int) -> Tensor:
@@ -199,12 +197,11 @@ def evenly(score: Tensor, count: int) -> Tensor:
 
 
 def _checked(name: str, weight: SparseWeight, score: Tensor, count: int) -> Tensor:
-    """`score` in float32 at least.
+    """`score` itself.
 
     Raises:
         ValueError: when a score is NaN, or `count` is above the number of allowed entries.
     """
-    score = score if score.dtype == torch.float64 else score.float()
     if bool(score.isnan().any()):
         raise ValueError(
             f"{weight.name}: {int(score.isnan().sum()):,} of {score.numel():,} scores are NaN: training has diverged"

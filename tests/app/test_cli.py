@@ -52,7 +52,7 @@ def config(**changes: object) -> Config:
 
 @pytest.mark.parametrize("method", list(RECIPES))
 def test_every_method_runs_and_leaves_a_whole_folder(method: str, tmp_path: Path) -> None:
-    given = {"density": "0.2", "interval": "5"}
+    given = {"density": "0.2", "interval": "5", "backward_density": "0.5"}
     settings = config(method=method, options={k: v for k, v in given.items() if k in options(method)}, steps=30)
     result = folder.run(settings, tmp_path / "run", lambda record: None)
     made = {p.name for p in (tmp_path / "run").iterdir()}
@@ -428,6 +428,7 @@ def test_rows_hold_mean_and_spread() -> None:
     jobs = compare.plan(config(), ["dense", "static"], [0.1], 2, {}, Path("x"))
     common = {
         "explored": None,
+        "also": {},
         "inference_flops_ratio": 1.0,
         "training_flops_ratio": 0.5,
         "seconds": 2.0,

@@ -79,7 +79,8 @@ class Program:
         self.momentum: Arrays = {n: np.zeros_like(v) for n, v in self.v.items()}
         self.s_momentum: Arrays = {n: np.zeros_like(s) for n, s in self.s.items()}
         self.mask = {n: np.ones(self.v[n].size, bool) for n in self.sparse}
-        self.lr, self.decay = options.get("lr", self.lr), options.get("weight_decay", self.decay)
+        self.lr = next((v for k, v in options.items() if k.endswith("_lr")), self.lr)
+        self.decay = options.get("threshold_weight_decay", self.decay)
         self.choose()
 
     def first(self, n: str) -> Array:
@@ -395,15 +396,15 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("top_kast", {"penalty": 0.02, "interval": 3, "allocate": "globally"}),
     ("top_kast", {"backward_density": 1.0, "allocate": "erk"}),
     ("str", {}),
-    ("str", {"threshold": "exp", "lr": 0.05, "weight_decay": 0.3}),
+    ("str", {"threshold": "exp", "threshold_lr": 0.05, "threshold_weight_decay": 0.3}),
     ("movement", {}),
     ("movement", {"begin": 2, "allocate": "globally"}),
     ("soft_movement", {}),
-    ("soft_movement", {"begin": 3, "lr": None, "threshold": 0.5}),
+    ("soft_movement", {"begin": 3, "score_lr": None, "threshold": 0.5}),
     ("l0", {}),
-    ("l0", {"droprate": 0.9, "temperature": 0.9, "lr": 0.5, "penalty": 0.05}),
+    ("l0", {"droprate": 0.9, "temperature": 0.9, "gate_lr": 0.5, "penalty": 0.05}),
     ("variational_dropout", {}),
-    ("variational_dropout", {"penalty": 0.1, "threshold": 1.0, "lr": 0.5}),
+    ("variational_dropout", {"penalty": 0.1, "threshold": 1.0, "variance_lr": 0.5}),
 ]
 
 
@@ -470,8 +471,8 @@ CASES: dict[str, dict[str, Changes]] = {
     "str": {
         "initial": [({"initial": -2.0}, 0)],
         "threshold": [({"threshold": "exp"}, 0)],
-        "lr": [({"lr": 0.5}, 2), ({"lr": 0.0}, 7)],
-        "weight_decay": [({"weight_decay": 0.3}, 2), ({"weight_decay": 0.0}, 7)],
+        "threshold_lr": [({"threshold_lr": 0.5}, 2), ({"threshold_lr": 0.0}, 7)],
+        "threshold_weight_decay": [({"threshold_weight_decay": 0.3}, 2), ({"threshold_weight_decay": 0.0}, 7)],
     },
     "movement": {
         "density": [({"density": 0.2}, 1)],
@@ -484,19 +485,19 @@ CASES: dict[str, dict[str, Changes]] = {
         "begin": [({"begin": 3}, 2)],
         "threshold": [({"threshold": 0.4995}, 2), ({"threshold": 0.5}, 0)],
         "penalty": [({"penalty": 0.0}, 2), ({"penalty": 0.1}, 2)],
-        "lr": [({"lr": None}, 1), ({"lr": 0.001}, 2)],
+        "score_lr": [({"score_lr": None}, 1), ({"score_lr": 0.001}, 2)],
     },
     "l0": {
         "penalty": [({"penalty": 0.0}, 3), ({"penalty": 0.05}, 1)],
         "droprate": [({"droprate": 0.9}, 2), ({"droprate": 0.93}, 0)],
         "temperature": [({"temperature": 0.9}, 3)],
-        "lr": [({"lr": 0.5}, 1), ({"lr": 0.0}, 2)],
+        "gate_lr": [({"gate_lr": 0.5}, 1), ({"gate_lr": 0.0}, 2)],
     },
     "variational_dropout": {
         "penalty": [({"penalty": 0.0}, 2), ({"penalty": 0.1}, 1)],
         "threshold": [({"threshold": 1.0}, 0)],
         "log_variance": [({"log_variance": -4.0}, 0)],
-        "lr": [({"lr": 0.5}, 7), ({"lr": 0.0}, 5)],
+        "variance_lr": [({"variance_lr": 0.5}, 7), ({"variance_lr": 0.0}, 5)],
     },
 }
 FLAT = [
@@ -540,17 +541,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("top_kast", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
     ("top_kast", {"interval": 0}, "choices must be at least 1 step apart, got interval 0"),
     ("str", {"threshold": "relu"}, "threshold must be one of sigmoid, exp, got 'relu'"),
-    ("str", {"lr": -1.0}, "lr must be at least 0, got -1"),
-    ("str", {"weight_decay": -1.0}, "weight_decay must be at least 0, got -1"),
+    ("str", {"threshold_lr": -1.0}, "threshold_lr must be at least 0, got -1"),
+    ("str", {"threshold_weight_decay": -1.0}, "threshold_weight_decay must be at least 0, got -1"),
     ("soft_movement", {"threshold": 1.0}, r"threshold must lie in \(0, 1\), got 1"),
     ("soft_movement", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
-    ("soft_movement", {"lr": -1.0}, "lr must be at least 0, got -1"),
+    ("soft_movement", {"score_lr": -1.0}, "score_lr must be at least 0, got -1"),
     ("l0", {"penalty": math.nan}, "penalty must be at least 0, got nan"),
     ("l0", {"droprate": 0.0}, r"droprate must lie in \(0, 1\), got 0"),
     ("l0", {"temperature": 0.0}, "temperature must be above 0, got 0"),
-    ("l0", {"lr": -1.0}, "lr must be at least 0, got -1"),
+    ("l0", {"gate_lr": -1.0}, "gate_lr must be at least 0, got -1"),
     ("variational_dropout", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
-    ("variational_dropout", {"lr": -1.0}, "lr must be at least 0, got -1"),
+    ("variational_dropout", {"variance_lr": -1.0}, "variance_lr must be at least 0, got -1"),
 ]
 
 
@@ -646,7 +647,7 @@ def test_outside_the_backward_set_nothing_is_trained() -> None:
 def test_a_weight_that_loses_its_last_entry_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = nets("mlp", 0)
     optimizer = sgd(model)
-    sparsifier = regrow.sparsify(model, optimizer, RECIPES["str"](initial=-8.0, threshold="exp", lr=0.0))
+    sparsifier = regrow.sparsify(model, optimizer, RECIPES["str"](initial=-8.0, threshold="exp", threshold_lr=0.0))
     with torch.no_grad():
         for group in optimizer.param_groups[1:]:
             for tensor in group["params"][:1]:

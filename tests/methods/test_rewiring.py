@@ -24,6 +24,7 @@ from regrow.methods import RECIPES
 from regrow.methods.rewiring import sampled_gradient
 from regrow.streams import Stream
 from regrow.topology import Topology
+from regrow.weight import Weights
 from test_oracles import Array, Arrays, History, Program, actual, assert_same, batches, network, share_out, top
 from test_updates import Fake
 
@@ -416,6 +417,19 @@ def test_what_a_nearly_full_weight_cannot_take_is_grown_elsewhere_and_told(
     assert "step 3: 4.weight has room for 0 of 10 entries beyond its density: 31 grow in all, of 31" in caplog.text
 
 
+@pytest.mark.parametrize("storage", ["masked", "compressed"])
+def test_no_weight_holds_more_than_twice_its_density(storage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What no weight can take is not grown, and the log says how much."""
+    log: list[list[int]] = []
+    dense = allocation.explicit({"0": 0.25, "2": 0.5, "4": 1.0})
+    constant = WORDS["anneal"]["constant"]
+    method = methods.mest(None, allocate=dense, until=9, interval=3, fraction=1.0, anneal=constant, soft=True)
+    with caplog.at_level(logging.WARNING, "regrow"):
+        trained(method, storage, 10, lambda step, seen: log.append([active(d) for d in seen.values()]))
+    assert log == [[24, 54, 36]] * 3 + [[48, 108, 36]] * 6 + [[24, 54, 36]] * 2
+    assert "4.weight has room for 0 of 36 entries beyond its density: 78 grow in all, of 114" in caplog.text
+
+
 def test_a_weight_without_a_gradient_ends_at_its_density_too() -> None:
     """The soft bound ends at `until` for a weight that the last backward did not reach, by magnitude."""
     model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
@@ -476,9 +490,17 @@ def test_deep_r_refuses_values_that_are_not_finite(value: float) -> None:
     (rule,) = methods.deep_r(0.5, until=3).update
     before = good.dense.clone()
     with pytest.raises(ValueError, match="bad: 1 of 2 values are not finite"):
-        rule.apply(regrow.weight.Weights((good, bad)), 1)
+        rule.apply(Weights((good, bad)), 1)
     assert good.rewired == bad.rewired == 0
     assert torch.equal(good.dense, before)
+
+
+def test_an_entry_at_zero_stays() -> None:
+    """Algorithm 1 makes dormant what is below zero, so that newcomers, which begin at zero, have a chance."""
+    weight = Fake([0] * 12, [0, 3, 4, 7, 9])
+    (rule,) = methods.deep_r(0.5, until=3, l1=0.0, noise=0.0).update
+    rule.apply(Weights((weight,)), 1)
+    assert weight.active() == {0, 3, 4, 7, 9}
 
 
 class Spied(Fake):

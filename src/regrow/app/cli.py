@@ -422,7 +422,7 @@ def _command() -> str:
 
 def _is_explicit(chosen: Mapping[str, str]) -> bool:
     """Whether an allocation or a pattern alone says how many entries are active."""
-    return "n" in chosen or "=" in chosen.get("allocate", "") and "rest=" not in chosen["allocate"]
+    return "n" in chosen or ("=" in chosen.get("allocate", "") and "rest=" not in chosen["allocate"])
 
 
 def _progress() -> Progress:

@@ -129,7 +129,11 @@ AROUND = "around"
 
 def until(method: str) -> str:
     """When the updates of a method end where `until` is not given."""
-    return "the whole run" if method in WHOLE_RUN else "three quarters of the run"
+    return f"{_share(method)} of the run"
+
+
+def _share(method: str) -> str:
+    return "all" if method in WHOLE_RUN else "three quarters"
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def make(method: str, given: Mapping[str, str], steps: int) -> Method:
         return RECIPES[method](*density, **values)
     except ValueError as error:
         filled = "until" in known and "until" not in given
-        note = f" (until is {until(method)}, of {steps:,} steps, where it is not given)" if filled else ""
+        note = f" (until is {_share(method)} of the {steps:,} steps where it is not given)" if filled else ""
         raise ValueError(f"{error}{note}") from None
 
 

@@ -192,8 +192,8 @@ def str_(
     *,
     initial: float = -10.0,
     threshold: Threshold = "sigmoid",
-    lr: float | None = None,
-    weight_decay: float | None = None,
+    threshold_lr: float | None = None,
+    threshold_weight_decay: float | None = None,
 ) -> Method:
     """STR: a soft threshold for each weight, learned with the values.
 
@@ -203,8 +203,8 @@ def str_(
     Args:
         initial: first s; how far below 0 it lies sets when sparsity begins.
         threshold: g: "sigmoid" as for convolutional networks, "exp" as for recurrent ones.
-        lr: learning rate of s; without it that of the weight, as in the paper.
-        weight_decay: of s; without it that of the weight, as in the paper.
+        threshold_lr: learning rate of s; without it that of the weight, as in the paper.
+        threshold_weight_decay: of s; without it that of the weight, as in the paper.
 
     Source: Kusupati et al. 2020, Soft Threshold Weight Reparameterization for Learnable Sparsity, equations 3 to 5.
     The paper tunes weight decay and `initial` for each budget: -3200 for 100 epochs of ResNet-50, where decay alone
@@ -215,7 +215,8 @@ def str_(
         'threshold'
     """
     require_choice("str", "threshold", threshold, ("sigmoid", "exp"))
-    _require_rates("str", lr, weight_decay)
+    _require_rate("str", "threshold_lr", threshold_lr)
+    _require_rate("str", "threshold_weight_decay", threshold_weight_decay)
     g = torch.sigmoid if threshold == "sigmoid" else torch.exp
 
     def above(weight: SparseWeight) -> Tensor:
@@ -224,7 +225,7 @@ def str_(
     update = latents.where(above)
     latent = Latent(
         lambda parts: latents.soft_threshold(parts, g),
-        trained=(Trained("threshold", latents.single(initial), lr, weight_decay),),
+        trained=(Trained("threshold", latents.single(initial), threshold_lr, threshold_weight_decay),),
         reach=lambda parts: parts.active,
     )
     return Method("str", latents.now(update), update, timing="after", needs=Need.DENSE_VALUES, latent=latent)
@@ -269,7 +270,7 @@ def soft_movement(
     begin: int = 0,
     threshold: float = 0.1,
     penalty: float = 1e-5,
-    lr: float | None = 1e-2,
+    score_lr: float | None = 1e-2,
 ) -> Method:
     """Soft movement pruning: movement pruning with one threshold for all scores, and a penalty instead of a density.
 
@@ -281,7 +282,7 @@ def soft_movement(
         begin: optimizer step at which it begins to act.
         threshold: of sigmoid(s) (the paper's tau), in (0, 1).
         penalty: weight of the penalty (the paper's lambda_mvp), at least 0; what is active is an outcome of it.
-        lr: learning rate of the scores; without it that of the weights.
+        score_lr: learning rate of the scores; without it that of the weights.
 
     Source: Sanh et al. 2020, Movement Pruning, section 4 (soft). The sum is over entries, as printed; the code takes a
     mean over each matrix. A weight may lose all of its entries, where the code keeps at least 0.5 %.
@@ -295,13 +296,13 @@ def soft_movement(
             f"soft_movement: threshold must lie in (0, 1), got {threshold:g}: sigmoid(s) is compared with it"
         )
     _require_penalty("soft_movement", penalty)
-    _require_rates("soft_movement", lr, None)
+    _require_rate("soft_movement", "score_lr", score_lr)
     ramp = cubic(0.0, penalty, until, begin)
     scores = latents.state("scores")
     update = latents.where(lambda weight: scores(weight).sigmoid() > threshold)
     latent = Latent(
         latents.gated,
-        trained=(Trained("scores", latents.filled(0.0), lr, 0.0),),
+        trained=(Trained("scores", latents.filled(0.0), score_lr, 0.0),),
         penalty=lambda parts, step: ramp(step) * parts.state["scores"].sigmoid().sum(),
     )
     return Method("soft_movement", latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
@@ -312,7 +313,7 @@ def l0(
     penalty: float = 0.1 / 60_000,
     droprate: float = 0.5,
     temperature: float = 2 / 3,
-    lr: float | None = None,
+    gate_lr: float | None = None,
 ) -> Method:
     """L0 regularization: every entry has a random gate that may be exactly zero, and open gates cost.
 
@@ -324,7 +325,7 @@ def l0(
         penalty: cost of an open gate (the paper's lambda, already divided by the number of examples), at least 0.
         droprate: how probably a gate is closed at first, in (0, 1).
         temperature: of the concrete distribution (the paper's beta), above 0.
-        lr: learning rate of log_alpha; without it that of the weights.
+        gate_lr: learning rate of log_alpha; without it that of the weights.
 
     Source: Louizos et al. 2018, Learning Sparse Neural Networks through L0 Regularization, sections 2 and 4. There a
     gate stands for an input or a filter, here for one entry, as in Gale et al. 2019, The State of Sparsity. All
@@ -340,12 +341,12 @@ def l0(
         raise ValueError(f"l0: droprate must lie in (0, 1), got {droprate:g}")
     if not temperature > 0:
         raise ValueError(f"l0: temperature must be above 0, got {temperature:g}")
-    _require_rates("l0", lr, None)
+    _require_rate("l0", "gate_lr", gate_lr)
     log_alpha = latents.state("log_alpha")
     update = latents.where(lambda weight: latents.hard_concrete(log_alpha(weight), None, temperature) > 0)
     latent = Latent(
         lambda parts: parts.latent * latents.hard_concrete(parts.state["log_alpha"], parts.noise, temperature),
-        trained=(Trained("log_alpha", latents.filled(math.log(1 - droprate) - math.log(droprate)), lr, 0.0),),
+        trained=(Trained("log_alpha", latents.filled(math.log(1 - droprate) - math.log(droprate)), gate_lr, 0.0),),
         penalty=lambda parts, step: penalty * latents.open_probability(parts.state["log_alpha"], temperature).sum(),
         noise=lambda stream, count: stream.uniform(count),
     )
@@ -357,7 +358,7 @@ def variational_dropout(
     penalty: float = 1 / 60_000,
     threshold: float = 3.0,
     log_variance: float = -10.0,
-    lr: float | None = None,
+    variance_lr: float | None = None,
 ) -> Method:
     """Sparse variational dropout: every entry has a trained variance, and entries that are mostly noise go.
 
@@ -369,7 +370,7 @@ def variational_dropout(
         penalty: weight of the divergence, at least 0: one over the number of examples where the loss is a mean.
         threshold: log alpha from which an entry is inactive.
         log_variance: first log sigma^2.
-        lr: learning rate of log sigma^2; without it that of the weights.
+        variance_lr: learning rate of log sigma^2; without it that of the weights.
 
     Source: Molchanov et al. 2017, Variational Dropout Sparsifies Deep Neural Networks, sections 4.1 to 4.4 (additive
     noise, equation 14). One draw of the weights serves all forwards of an optimizer step, where the paper draws
@@ -380,7 +381,7 @@ def variational_dropout(
         'log_variance'
     """
     _require_penalty("variational_dropout", penalty)
-    _require_rates("variational_dropout", lr, None)
+    _require_rate("variational_dropout", "variance_lr", variance_lr)
 
     def noise_ratio(weight: SparseWeight) -> Tensor:
         values = weight.state["latent"].view(-1)
@@ -394,7 +395,7 @@ def variational_dropout(
     update = latents.where(lambda weight: noise_ratio(weight) < threshold)
     latent = Latent(
         latents.noisy,
-        trained=(Trained("log_variance", latents.filled(log_variance), lr, 0.0),),
+        trained=(Trained("log_variance", latents.filled(log_variance), variance_lr, 0.0),),
         penalty=divergence,
         noise=lambda stream, count: stream.normal(count),
     )
@@ -406,8 +407,6 @@ def _require_penalty(method: str, penalty: float) -> None:
         raise ValueError(f"{method}: penalty must be at least 0, got {penalty:g}")
 
 
-def _require_rates(method: str, lr: float | None, weight_decay: float | None) -> None:
-    if lr is not None and not lr >= 0:
-        raise ValueError(f"{method}: lr must be at least 0, got {lr:g}: leave it out for that of the weights")
-    if weight_decay is not None and not weight_decay >= 0:
-        raise ValueError(f"{method}: weight_decay must be at least 0, got {weight_decay:g}")
+def _require_rate(method: str, option: str, value: float | None) -> None:
+    if value is not None and not value >= 0:
+        raise ValueError(f"{method}: {option} must be at least 0, got {value:g}: leave it out for that of the weights")

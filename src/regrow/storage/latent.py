@@ -122,7 +122,8 @@ class LatentParameter:
         """Nothing is set aside."""
 
     def set_aside(self) -> None:
-        """Nothing to do: the gradient is read where it is."""
+        """The gradient is read where it is; zero it where it is not read."""
+        self.mask_gradient()
 
     def release(self) -> None:
         """Forget the scale of the gradient."""
