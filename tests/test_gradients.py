@@ -274,7 +274,7 @@ def test_flow_is_the_product_of_what_comes_in_and_what_goes_out(dtype: torch.dty
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_flow_through_attention_and_recurrence(kind: str) -> None:
-    """By differences of the network of absolute values; recurrent modules keep lists of their parameters."""
+    """By differences of the network of absolute values; a recurrent module's list of its parameters is as before."""
     model, own, topologies = packed(kind)
     twin = pruned_copy(model, own, topologies).eval()
     for p in twin.parameters():
@@ -292,6 +292,9 @@ def test_flow_through_attention_and_recurrence(kind: str) -> None:
                     sides.append(twin(torch.ones(3, 6).double()).sum().item())
             values[at] = old
             assert flow[at].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5, abs=1e-6), (p.shape, at)
+    for module in model.modules():
+        listed = getattr(module, "_flat_weights", [])
+        assert [id(p) for p in listed] == [id(p) for p in module.parameters()][: len(listed)]
 
 
 def test_flow_reads_running_statistics_and_no_batch_ones() -> None:
@@ -325,6 +328,37 @@ def test_flow_of_keywords_integers_several_outputs_and_tied_weights() -> None:
     w = model.a.weight.detach().abs()
     wanted = 9 * (w.sum(0)[:, None].expand(6, 6) + (w @ torch.ones(6, 6).double()).T.mean(0)[None, :].expand(6, 6))
     torch.testing.assert_close(found.view(6, 6), wanted)
+
+
+class Twice(nn.Module):
+    """One parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.alias = self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T @ self.alias.T
+
+
+def test_flow_of_a_parameter_that_has_two_names() -> None:
+    model = Twice()
+    (found,) = BatchProbe(model, [(model.weight, 1)], batches(1, 1), squares).flow([Topology((6, 6))])
+    w = model.weight.detach().double().abs()
+    wanted = w.sum(0)[:, None].expand(6, 6) + w.sum(1)[None, :].expand(6, 6)
+    torch.testing.assert_close(found.view(6, 6), wanted)
+    assert model.alias is model.weight
+
+
+def test_weights_may_share_their_gradient() -> None:
+    """Where two are added autograd gives both the same tensor."""
+    model, data = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)]), batches(3)
+    loss = lambda m, b: squares(lambda x: x @ (m[0].weight + m[1].weight).T, b)  # noqa: E731
+    own = weights(model)
+    wanted = sum(torch.autograd.grad(loss(model, b), own[0])[0] for b in data) / 3
+    for found in BatchProbe(model, [(p, 1) for p in own], data, loss).gradients(dense(*own)):
+        torch.testing.assert_close(found, wanted.flatten())
 
 
 def test_flow_leaves_the_loss_at_the_model_and_reads_one_batch_once() -> None:

@@ -275,7 +275,7 @@ def _zero_outside(held: Sequence[tuple[nn.Parameter, Sequence[Topology]]]) -> It
 def _absolute_doubles(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Absolute values in float64 in place of all parameters, buffers in float64 too; from each parameter to its copy.
 
-    Set as attributes, since recurrent modules keep lists of their parameters that follow nothing else.
+    Set as attributes, since the list of parameters that a recurrent module keeps beside them follows at once.
     """
     modules = list(model.modules())
     parameters = [(m, n, p) for m in modules for n, p in m.named_parameters(recurse=False, remove_duplicate=False)]

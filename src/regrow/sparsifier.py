@@ -649,11 +649,15 @@ class _Shown:
     def __init__(self, sparsifier: Sparsifier | None = None, evaluated: bool = False) -> None:
         self._sparsifier = (lambda: None) if sparsifier is None else weakref.ref(sparsifier)
         self._evaluated = evaluated
+        # Not as a decorator, which would load the compiler with this module.
+        self._uncompiled = torch.compiler.disable(self._look)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, *arguments: Any) -> None:
+        self._uncompiled(model)
+
+    def _look(self, model: nn.Module) -> None:
         sparsifier = self._sparsifier()
-        if sparsifier is not None and sparsifier.model is model:
+        if sparsifier is not None:
             sparsifier._show(model.training and not self._evaluated)
 
     def __reduce__(self) -> tuple[type[_Shown], tuple[()]]:

@@ -326,6 +326,7 @@ IN_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"options": {"start": "file"}}, "--weights"),
     ({"options": {"start_batches": "3"}}, "rigl reads no gradient at its start"),
     ({"method": "dense", "options": {"start": "prune_global"}}, "dense cannot begin by --start prune_global"),
+    ({"method": "dnw", "options": SUP | {"density": "0.2"}}, "dnw computes its weights from latent values"),
     ({"method": "lottery", "options": LOTTERY | {"rewind_to": "60"}}, "rewind_to must lie before the end"),
     ({"method": "lottery", "options": LOTTERY | {"superpose": "caa"}}, "leave out one"),
 ]

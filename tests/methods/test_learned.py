@@ -644,6 +644,17 @@ def test_outside_the_backward_set_nothing_is_trained() -> None:
         assert torch.equal(weight.state["latent"] != before[weight.name], reached[weight.name])
 
 
+def test_a_soft_threshold_reads_no_gradient_of_what_it_hides() -> None:
+    """So that a clipped norm is that of the entries that train."""
+    model = nets("mlp", 0)
+    sparsifier = regrow.sparsify(model, sgd(model), RECIPES["str"](initial=-2.0))
+    backward(model, data("mlp", 0)[0])
+    for name, topology in sparsifier.topologies.items():
+        grad = dict(model.named_parameters())[name].grad
+        assert 0 < topology.nnz < topology.numel
+        assert not grad[~topology.mask].any() and grad[topology.mask].any()
+
+
 def test_a_weight_that_loses_its_last_entry_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = nets("mlp", 0)
     optimizer = sgd(model)

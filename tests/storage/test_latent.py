@@ -210,7 +210,8 @@ def test_looking_at_the_model_changes_no_run(method: str):
     plain, watched = Case(method), Case(method)
     for step in range(1, 6):
         plain.step(step)
-        watched.model(batch("linear", 99)[0])
+        with torch.inference_mode():
+            watched.model(batch("linear", 99)[0])
         watched.optimizer.zero_grad()
         watched.backward(step)
         watched.model.eval()
@@ -392,8 +393,9 @@ def test_several_optimizers_do_what_one_does(method: str):
 
 
 def test_a_weight_without_a_gradient_stays():
-    case = Case("l0")
+    case = Case("l0").go(1, 2)
     before = {w.name: {k: v.clone() for k, v in w.state.items()} for w in case.sparsifier.weights}
+    case.model.zero_grad()
     case.model(batch("linear", 1)[0])
     case.model[2].weight.grad = torch.ones_like(case.model[2].weight)
     case.optimizer.step()
@@ -420,14 +422,14 @@ def test_what_is_trained_beside_has_a_group_of_its_own(method: str, lr: float, d
 
 def test_a_weight_decay_that_the_optimizer_lacks_is_refused_and_nothing_stays():
     model = model_of("linear")
-    optimizer = torch.optim.Rprop(model.parameters())
+    optimizer, other = torch.optim.Rprop(model[2].parameters()), torch.optim.SGD(model[0].parameters(), lr=0.1)
     assert "weight_decay" not in optimizer.defaults
     before = {n: v.clone() for n, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"Rprop has no weight decay, and 0.5 is asked for"):
-        sparsify(model, optimizer, methods.str_(threshold_weight_decay=0.5))
-    assert len(optimizer.param_groups) == 1 and same(dict(model.state_dict()), before)
-    sparsify(model, optimizer, methods.l0())
-    assert len(optimizer.param_groups) == 2
+        sparsify(model, [other, optimizer], methods.str_(threshold_weight_decay=0.5))
+    assert len(optimizer.param_groups) == len(other.param_groups) == 1 and same(dict(model.state_dict()), before)
+    sparsify(model, [other, optimizer], methods.l0())
+    assert len(optimizer.param_groups) == len(other.param_groups) == 2
 
 
 def test_a_scheduler_that_would_not_know_is_refused_and_a_later_one_works():
@@ -543,7 +545,7 @@ def test_a_hardened_run_trains_on_as_an_ordinary_sparse_one(method: str, optimiz
     case.backward(6)
     case.sparsifier.harden()
     assert same(dict(case.model.state_dict()), rest) and len(case.optimizer.param_groups) == 1
-    assert not any(w.state for w in case.sparsifier.weights)
+    assert not any(w.state for w in case.sparsifier.weights) and not case.model._forward_pre_hooks
     assert set(case.optimizer.state) <= set(case.model.parameters())
     for name, parameter in case.sparse.items():
         mask = active[name].mask

@@ -276,7 +276,16 @@ class Superposing(Plain):
         return self.steps if self.options.updates_in_cycles else self.plan.pretrain
 
     def method(self, method: Method) -> Method:
-        """Without updates in the cycles, or with one large drop and growth where each begins."""
+        """Without updates in the cycles, or with one large drop and growth where each begins.
+
+        Raises:
+            ValueError: for a method whose weights are computed from others, which a mean of weights says nothing of.
+        """
+        if method.latent is not None:
+            raise ValueError(
+                f"{method.name} computes its weights from latent values, which superposed weights cannot be turned "
+                "back into: leave out superpose"
+            )
         if not self.options.updates_in_cycles:
             method = without_updates_from(method, self.plan.pretrain + 1)
         return reexploring(method, self.plan, self.options.re_explore) if self.options.re_explore else method
