@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from regrow import methods
 from regrow.allocation import er, erk, globally, uniform
 from regrow.drops import adaptive_threshold, lowest, lowest_globally, lowest_per_sign
-from regrow.growth import at_random, by_gradient, gradient, highest_per_neuron, mixed, unexplored_first
+from regrow.growth import at_random, by_gradient, by_momentum, gradient, highest_per_neuron, mixed, unexplored_first
 from regrow.method import Method
 from regrow.redistribution import mean_magnitude, nonzeros, survivors
 from regrow.schedules import constant, linear
@@ -88,6 +88,11 @@ METHODS: dict[str, Row] = {
     "gmp": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=INTERVAL)),
     "gmp-erk": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=5, allocate=erk)),
     "gmp-global": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=7, allocate=globally, timing="instead")),
+    "dst": dynamic(lambda: methods.dst(DENSITY, until=UNTIL, interval=INTERVAL)),
+    "dst-momentum": dynamic(
+        lambda: methods.dst(DENSITY, until=UNTIL, interval=INTERVAL, grow=by_momentum, redistribute=survivors),
+        own=False,
+    ),
     "rigl": dynamic(lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL)),
     "rigl-after": dynamic(lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL, timing="after")),
     "rigl-reset": dynamic(

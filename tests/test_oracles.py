@@ -32,6 +32,7 @@ LIBRARY: dict[str, dict[Any, Any]] = {
     "anneal": {name: getattr(schedules, name) for name in ("constant", "linear", "cosine", "inverse_power")},
     "allocate": {name: getattr(allocation, name) for name in ("uniform", "er", "erk", "globally")},
     "drop": {"lowest": drops.lowest(scores.magnitude), "per_sign": drops.lowest_per_sign},
+    "grow": {"random": growth.at_random, "gradient": growth.by_gradient, "momentum": growth.by_momentum},
     "redistribute": {
         "momentum": redistribution.mean_momentum,
         "magnitude": redistribution.mean_magnitude,
@@ -61,6 +62,7 @@ class Recipe:
     anneal: str = "constant"
     decay: float = 0.9
     redistribute: str | None = None
+    grow: str = ""
     allocate: Any = "uniform"
     drop: str = "lowest"
     regrow_dropped: str = "keep"
@@ -84,6 +86,7 @@ PAPERS = {
     "snip": Recipe("snip", allocate="globally"),
     "gmp": Recipe("gmp"),
     "rigl": Recipe("rigl", anneal="cosine", allocate="erk", timing="instead"),
+    "dst": Recipe("dst", anneal="cosine", allocate="erk", grow="gradient"),
 }
 
 SHORT: dict[str, dict[str, Any]] = {
@@ -94,7 +97,11 @@ SHORT: dict[str, dict[str, Any]] = {
     "snip": {"density": 0.3},
     "gmp": {"density": 0.3, "until": 13, "interval": 3},
     "rigl": {"density": 0.3, "until": 13, "interval": 3},
+    "dst": {"density": 0.3, "until": 13, "interval": 3},
 }
+
+GROWS = {"set": "random", "snfs": "momentum", "rigl": "gradient"}
+"""How methods grow that do not say so."""
 
 
 def library_method(name: str, options: dict[str, Any]) -> Method:
@@ -153,7 +160,7 @@ class Program:
         self.sparse = [n for n, shape in self.shapes.items() if len(shape) > 1]
         self.ema = {n: np.zeros_like(self.w[n]) for n in self.sparse}
         self.mask = {n: np.ones(self.w[n].size, bool) for n in self.sparse}
-        if self.recipe.method in ("static", "set", "snfs", "rigl"):
+        if self.recipe.method in ("static", "set", "snfs", "rigl", "dst"):
             for n, count in zip(self.sparse, self.counts(self.recipe.density, self.sizes()), strict=True):
                 self.mask[n][:] = False
                 self.mask[n][Stream(self.seed, n, 0).subset(self.w[n].size, count)] = True
@@ -236,10 +243,11 @@ class Program:
             shares = [float(statistic[r.redistribute](n)) for n in self.sparse]
             counts = share_out(shares, sum(lost), [candidates[n].size for n in self.sparse])
         for n, count in zip(self.sparse, counts, strict=True):
-            if r.method == "set":
+            grow = r.grow or GROWS[r.method]
+            if grow == "random":
                 chosen = candidates[n][Stream(self.seed, n, self.step).subset(candidates[n].size, count)]
             else:
-                chosen = top(np.abs(g[n] if r.method == "rigl" else self.ema[n]), count, candidates[n])
+                chosen = top(np.abs(g[n] if grow == "gradient" else self.ema[n]), count, candidates[n])
             grown = np.zeros_like(kept[n])
             grown[chosen] = True
             self.change(n, kept[n], grown)
@@ -359,6 +367,9 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("snfs", {"redistribute": "momentum", "density": 0.85}),
     ("snfs", {"redistribute": None}),
     ("snfs", {"decay": 0.5, "timing": "instead"}),
+    ("dst", {}),
+    ("dst", {"grow": "momentum", "decay": 0.5, "drop": "per_sign"}),
+    ("dst", {"grow": "random", "redistribute": "momentum", "density": 0.85}),
     ("snip", {}),
     ("snip", {"allocate": "uniform"}),
     ("gmp", {}),

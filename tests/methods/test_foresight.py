@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -261,7 +262,6 @@ def actual(method: Any, kind: str = "conv", seed: int = 0, storage: Any = "maske
 
 MORE: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in SHORT),
-    *((name, DEFAULTS[name]) for name in SHORT),
     ("snip_it", {"density": 0.05, "rounds": 6}),
     ("snip_it", {"allocate": "erk"}),
     ("snap_it", {"density": 0.3, "prune_last": True}),
@@ -293,6 +293,16 @@ def test_an_option_makes_the_difference_that_is_predicted(
     assert default.first_difference(other) == step
     assert found.first_difference(default) == step
     assert_same(found, other)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_what_is_not_given_is_the_default(name: str) -> None:
+    """Property 48: a default is an option value too."""
+    parameters = inspect.signature(RECIPES[name]).parameters
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    assert defaults == DEFAULTS[name] | ({"allocate": globally} if "allocate" in defaults else {})
+    density = {"density": SHORT[name]["density"]}
+    assert_same(actual(RECIPES[name](**density), "mlp", 3), expected(name, density, "mlp", 3))
 
 
 # Networks with norms, with packed parameters, and with a bend at zero.

@@ -23,7 +23,11 @@ MAKE: dict[str, Callable[[], Method]] = {
     "snfs": lambda: methods.snfs(0.3, interval=3, until=30),
     "gmp": lambda: methods.gmp(0.2, interval=3, until=12),
     "dense": methods.dense,
+    "str": lambda: methods.str_(initial=-3.0),
+    "l0": lambda: methods.l0(penalty=0.005, droprate=0.9),
 }
+LATENT = ("str", "l0")
+"""Masked only."""
 
 
 class Scheduled(Run):
@@ -57,7 +61,8 @@ def require_same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -
         assert [name for name, t in a.items() if not torch.equal(t, b[name])] == []
 
 
-CASES = [(s, m, o, n) for s in STORAGES for m in MAKE for o in ("sgd", "adamw") for n in ("linear", "conv")]
+KINDS = [(s, m) for s in STORAGES for m in MAKE if s == "masked" or m not in LATENT]
+CASES = [(*kind, o, n) for kind in KINDS for o in ("sgd", "adamw") for n in ("linear", "conv")]
 
 
 @pytest.mark.parametrize(("storage", "method", "optimizer", "net"), CASES)

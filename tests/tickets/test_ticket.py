@@ -211,6 +211,24 @@ def test_before_the_first_topologies_it_is_refused():
     assert run.sparsifier.topologies == ticket.topologies
 
 
+def test_weights_that_are_computed_are_refused_until_they_are_hardened():
+    run = Run("masked", methods.RECIPES["str"](initial=-3.0)).go(1, 3)
+    ticket = Ticket.of(run.sparsifier)
+    before = everything(run)
+    message = "ticket: str computes its weights from latent values, which no ticket holds: call"
+    with pytest.raises(ValueError, match=message):
+        ticket.install(run.sparsifier)
+    with pytest.raises(ValueError, match=message), installed(run.sparsifier, ticket):
+        raise AssertionError("never within")
+    require_same(everything(run), before)
+    run.sparsifier.harden()
+    run.go(4, 6)
+    ticket.install(run.sparsifier)
+    assert run.sparsifier.topologies == ticket.topologies
+    after = everything(run)
+    assert all(torch.equal(after[n], t) for n, t in before.items() if n.endswith(":value"))
+
+
 def test_masked_storage_takes_a_denser_one():
     run = Run("masked", rigl()).go(1, 4)
     dense_ticket(run).install(run.sparsifier)

@@ -5,6 +5,7 @@ from collections.abc import Callable as _Callable
 from regrow.method import Method as _Method
 from regrow.methods.baselines import dense as dense
 from regrow.methods.baselines import static as static
+from regrow.methods.dynamic import dst as dst
 from regrow.methods.dynamic import rigl as rigl
 from regrow.methods.dynamic import set_ as set_
 from regrow.methods.dynamic import snfs as snfs
@@ -45,6 +46,7 @@ RECIPES: dict[str, _Callable[..., _Method]] = {
     "snip": snip,
     "gmp": gmp,
     "rigl": rigl,
+    "dst": dst,
     "itop_set": itop_set,
     "itop_rigl": itop_rigl,
     "granet": granet,

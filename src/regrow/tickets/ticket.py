@@ -88,8 +88,8 @@ class Ticket:
         Entries that stay active keep their optimizer state, the others have none. Step counts stay as they are.
 
         Raises:
-            ValueError: when names or shapes differ, the first topologies are still to be made, or compressed storage
-                lacks room; nothing is changed then.
+            ValueError: when names or shapes differ, the first topologies are still to be made, weights are computed
+                from latent values, or compressed storage lacks room; nothing is changed then.
         """
         self.require_fit(sparsifier)
         with torch.no_grad():
@@ -250,6 +250,11 @@ def require_topologies(method: str, sparsifier: Sparsifier, topologies: Mapping[
         raise ValueError(
             f"{method}: {sparsifier.method.name} makes its first topologies in its first step, which would undo any "
             "others: take that step first"
+        )
+    if sparsifier.method.latent is not None:
+        raise ValueError(
+            f"{method}: {sparsifier.method.name} computes its weights from latent values, which no ticket holds: call "
+            "sparsifier.harden() first, or restore a Snapshot"
         )
     ours = {name: t.shape for name, t in topologies.items()}
     theirs = {w.name: w.shape for w in sparsifier.weights}
