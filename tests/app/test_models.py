@@ -35,6 +35,34 @@ def test_mlp_takes_any_hidden_widths(hidden: tuple[int, ...] | None) -> None:
     assert sum(isinstance(module, nn.ReLU) for module in model) == len(sizes) - 2
 
 
+def test_resnet_50_is_that_of_small_images() -> None:
+    """The count that the literature gives for CIFAR-100, and a resolution that is halved three times."""
+    with torch.device("meta"):
+        model = build("resnet-50", (3, 32, 32), 100)
+    assert sum(p.numel() for p in model.parameters()) == 23_705_252
+    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()) == 54
+    seen = []
+    for name, module in model.named_modules():
+        if name in ("group1_block3", "group2_block4", "group3_block6", "group4_block3"):
+            module.register_forward_hook(lambda _m, _x, y: seen.append(tuple(y.shape[1:])))
+    model(torch.zeros(2, 3, 32, 32, device="meta"))
+    assert seen == [(256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 4, 4)]
+
+
+def test_convnet_halves_with_each_width_after_the_first() -> None:
+    shapes = matrices(build("convnet", (3, 9, 9), 5, hidden=(4, 6, 8)))
+    assert shapes == {
+        "conv1.weight": (4, 3, 3, 3),
+        "conv2.weight": (6, 4, 3, 3),
+        "conv3.weight": (8, 6, 3, 3),
+        "fc.weight": (5, 8),
+    }
+    model, seen = build("convnet", (3, 9, 9), 5, hidden=(4, 6, 8)), []
+    model.relu3.register_forward_hook(lambda _m, _x, y: seen.append(tuple(y.shape)))
+    model(torch.zeros(1, 3, 9, 9))
+    assert seen == [(1, 8, 3, 3)]
+
+
 def test_wide_resnet_is_22_deep_and_2_wide() -> None:
     shapes = matrices(build("wrn-22-2", (3, 32, 32), 10))
     convs = [name for name, shape in shapes.items() if shape[2:] == (3, 3)]
@@ -138,7 +166,7 @@ def test_the_layer_that_reads_pixels() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet", {}, "no model 'resnet': choose mlp, lenet-300-100, wrn-22-2"),
+        ("resnet", {}, "no model 'resnet': choose mlp, lenet-300-100, convnet, wrn-22-2, resnet-50"),
         ("lenet-300-100", {"hidden": (5,)}, r"\(300, 100\): scale them by width, or take mlp"),
         ("wrn-22-2", {"hidden": (5,)}, "hidden widths"),
         ("mlp", {"hidden": (5, 0)}, r"at least 1, not \(5, 0\)"),
