@@ -19,3 +19,16 @@ def require_choice(method: str, option: str, value: str, choices: tuple[str, ...
     """Raise ValueError unless `value` is among `choices`."""
     if value not in choices:
         raise ValueError(f"{method}: {option} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_timing(method: str, timing: str) -> None:
+    """Raise ValueError unless an update comes "instead" of an optimizer step or "after" one."""
+    require_choice(method, "timing", timing, ("instead", "after"))
+
+
+def require_dynamic(method: str, density: float | None, fraction: float, regrow_dropped: str, timing: str) -> None:
+    """Raise ValueError unless the options that all dynamic methods share make sense."""
+    require_density(method, density)
+    require_fraction(method, fraction)
+    require_choice(method, "regrow_dropped", regrow_dropped, ("keep", "reset", "forbid"))
+    require_timing(method, timing)

@@ -13,7 +13,7 @@ from regrow.redistribution import mean_momentum
 from regrow.schedules import Schedule, constant, cosine
 from regrow.scores import magnitude
 from regrow.updates import drop_and_grow, every
-from regrow.validation import require_choice, require_density, require_fraction
+from regrow.validation import require_dynamic
 
 Anneal = Callable[[float, int, int], Schedule]
 """How the drop fraction moves: (first value, until, begin) -> schedule."""
@@ -55,7 +55,7 @@ def rigl(
         >>> [step for step in range(500) if method.due(step)]
         [100, 200, 300]
     """
-    _check("rigl", density, fraction, regrow_dropped, timing)
+    require_dynamic("rigl", density, fraction, regrow_dropped, timing)
     grow = growth.highest(growth.gradient)
     update = drop_and_grow(anneal(fraction, until, begin or 0), smallest, grow, regrow_dropped=regrow_dropped)
     return Method(
@@ -102,7 +102,7 @@ def set_(
         >>> set_(0.1, until=350).timing
         'after'
     """
-    _check("set", density, fraction, regrow_dropped, timing)
+    require_dynamic("set", density, fraction, regrow_dropped, timing)
     update = drop_and_grow(anneal(fraction, until, begin or 0), drop, growth.at_random, regrow_dropped=regrow_dropped)
     return Method(
         "set",
@@ -150,7 +150,7 @@ def snfs(
         >>> snfs(0.1, until=350).needs
         <Need.EVERY_GRADIENT|ROOM: 18>
     """
-    _check("snfs", density, fraction, regrow_dropped, timing)
+    require_dynamic("snfs", density, fraction, regrow_dropped, timing)
     if not 0 <= decay < 1:
         raise ValueError(f"snfs: decay must lie in [0, 1), got {decay:g}")
     grow = growth.highest(growth.momentum)
@@ -206,7 +206,7 @@ def dst(  # noqa: PLR0913 - every part of the update is an option
         >>> dst(0.1, until=350, grow=growth.at_random, redistribute=mean_momentum).needs
         <Need.EVERY_GRADIENT|ROOM: 18>
     """
-    _check("dst", density, fraction, regrow_dropped, timing)
+    require_dynamic("dst", density, fraction, regrow_dropped, timing)
     needs = growth.needs_of(grow) | (Need.NOTHING if redistribute is None else Need.ROOM)
     if redistribute is mean_momentum:
         needs |= Need.EVERY_GRADIENT
@@ -227,10 +227,3 @@ def dst(  # noqa: PLR0913 - every part of the update is an option
         timing=timing,
         needs=needs,
     )
-
-
-def _check(name: str, density: float | None, fraction: float, regrow_dropped: str, timing: str) -> None:
-    require_density(name, density)
-    require_fraction(name, fraction)
-    require_choice(name, "regrow_dropped", regrow_dropped, ("keep", "reset", "forbid"))
-    require_choice(name, "timing", timing, ("instead", "after"))

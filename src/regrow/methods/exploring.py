@@ -10,7 +10,7 @@ from regrow.methods.dynamic import Anneal
 from regrow.schedules import cosine
 from regrow.scores import magnitude
 from regrow.updates import drop_and_grow, every
-from regrow.validation import require_choice, require_density, require_fraction
+from regrow.validation import require_dynamic
 
 
 def itop_set(
@@ -102,10 +102,7 @@ def _itop(
     regrow_dropped: Regrow,
     timing: Timing,
 ) -> Method:
-    require_density(name, density)
-    require_fraction(name, fraction)
-    require_choice(name, "regrow_dropped", regrow_dropped, ("keep", "reset", "forbid"))
-    require_choice(name, "timing", timing, ("instead", "after"))
+    require_dynamic(name, density, fraction, regrow_dropped, timing)
     needs = Need.EXPLORED | growth.needs_unobserved(name, grow)
     schedule = anneal(fraction, until, begin or 0)
     update = drop_and_grow(schedule, lowest(magnitude), grow, regrow_dropped=regrow_dropped)

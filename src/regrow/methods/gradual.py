@@ -12,7 +12,7 @@ from regrow.schedules import Schedule, constant, cosine_to, cubic
 from regrow.scores import magnitude
 from regrow.topology import Topology
 from regrow.updates import chain, drop_and_grow, every, prune, rewire
-from regrow.validation import require_choice, require_density, require_fraction
+from regrow.validation import require_choice, require_density, require_fraction, require_timing
 from regrow.weight import Weights
 
 cosine_to_half_percent: Anneal = cosine_to(0.005)
@@ -158,7 +158,7 @@ def gmp_uniform(
         [1000, 2000, 2500]
     """
     _require_target("gmp_uniform", density)
-    require_choice("gmp_uniform", "timing", timing, ("instead", "after"))
+    require_timing("gmp_uniform", timing)
     ramp = cubic(1.0, density, until, begin)
     pruning = _pruning(ramp, uniform, _last("gmp_uniform", last_density, last_layer))
     update = every(interval, pruning, begin=begin or None, until=until)
@@ -198,7 +198,7 @@ def ac_dc(
         [10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85]
     """
     _require_target("ac_dc", density)
-    require_choice("ac_dc", "timing", timing, ("instead", "after"))
+    require_timing("ac_dc", timing)
     length = max(1, until // 17) if phase is None else phase
     first = 2 * length if begin is None else begin
     if length < 1 or first < 1 or until <= first + length:
@@ -303,7 +303,7 @@ def _granet(
     until: int,
     timing: Timing,
 ) -> Method:
-    require_choice(name, "timing", timing, ("instead", "after"))
+    require_timing(name, timing)
     first = begin or None
     update = chain(
         every(interval, _pruning(ramp, allocate, last), begin=first, until=ramp.until or until),

@@ -8,7 +8,7 @@ from regrow.method import Allocation, Method, Need, Timing
 from regrow.schedules import cubic
 from regrow.scores import magnitude, saliency
 from regrow.updates import every, prune
-from regrow.validation import require_choice, require_density
+from regrow.validation import require_density, require_timing
 
 
 def snip(density: float | None, *, allocate: Allocation = globally) -> Method:
@@ -62,7 +62,7 @@ def gmp(
         [1000, 2000, 2500]
     """
     require_density("gmp", density)
-    require_choice("gmp", "timing", timing, ("instead", "after"))
+    require_timing("gmp", timing)
     ramp = prune(cubic(1.0, density, until, begin), magnitude, allocate)
     update = every(interval, ramp, begin=begin or None, until=until)
     return Method("gmp", starts.dense(), update, timing=timing, needs=Need.DENSE_VALUES)

@@ -19,7 +19,7 @@ from regrow.schedules import Schedule, constant, cosine, linear
 from regrow.scores import magnitude, magnitude_and_gradient
 from regrow.topology import Topology
 from regrow.updates import drop_and_grow, every, reached, rewire
-from regrow.validation import require_choice, require_density, require_fraction
+from regrow.validation import require_density, require_dynamic
 from regrow.weight import SparseWeight, Weights
 
 _log = logging.getLogger("regrow")
@@ -61,7 +61,7 @@ def dsr(
         >>> dsr(0.1, until=350).needs
         <Need.ROOM: 16>
     """
-    _check("dsr", density, fraction, regrow_dropped, timing)
+    require_dynamic("dsr", density, fraction, regrow_dropped, timing)
     if not 0 < threshold < math.inf or not 0 <= tolerance < 1:
         raise ValueError(
             f"dsr: threshold must lie above 0 and tolerance in [0, 1), got threshold {threshold:g}, tolerance "
@@ -119,7 +119,7 @@ def mest(
         >>> [step for step in range(5000) if method.due(step)]
         [1000, 2000, 3000, 3500]
     """
-    _check("mest", density, fraction, regrow_dropped, timing)
+    require_dynamic("mest", density, fraction, regrow_dropped, timing)
     if not 0 <= gradient_weight < math.inf:
         raise ValueError(f"mest: gradient_weight must be finite and at least 0, got {gradient_weight:g}")
     score, shares = magnitude_and_gradient(gradient_weight), anneal(fraction, until, begin or 0)
@@ -307,7 +307,7 @@ def gse(
         >>> gse(0.1, until=3500).needs
         <Need.GRADIENT: 1>
     """
-    _check("gse", density, fraction, regrow_dropped, timing)
+    require_dynamic("gse", density, fraction, regrow_dropped, timing)
     if not fraction <= gamma < math.inf:
         raise ValueError(
             f"gse: gamma {gamma:g} gives fewer candidates than the drop fraction {fraction:g} asks to grow: raise "
@@ -355,10 +355,3 @@ def sampled_gradient(gamma: float) -> Growth:
         return candidates[selection.highest(score, count).to(candidates.device)]
 
     return growth.Reading(grow, Need.GRADIENT)
-
-
-def _check(name: str, density: float | None, fraction: float, regrow_dropped: str, timing: str) -> None:
-    require_density(name, density)
-    require_fraction(name, fraction)
-    require_choice(name, "regrow_dropped", regrow_dropped, ("keep", "reset", "forbid"))
-    require_choice(name, "timing", timing, ("instead", "after"))

@@ -20,7 +20,7 @@ from regrow.scores import magnitude
 from regrow.structures import best_of_each, by_output, constant_fan_in, fan_ins, outputs_of
 from regrow.topology import Topology
 from regrow.updates import every, reached, rewire
-from regrow.validation import require_choice, require_density, require_fraction
+from regrow.validation import require_density, require_fraction, require_timing
 from regrow.weight import SparseWeight, Weights
 
 _log = logging.getLogger("regrow")
@@ -77,7 +77,7 @@ def srigl(
     require_fraction("srigl", fraction)
     if not 0 <= ablation <= 1:
         raise ValueError(f"srigl: ablation must lie in [0, 1], got {ablation:g}: it is a share of the fan-in")
-    require_choice("srigl", "timing", timing, ("instead", "after"))
+    require_timing("srigl", timing)
     update = _drop_and_grow(anneal(fraction, until, begin or 0), ablation, ablate_last)
     return Method(
         "srigl",
