@@ -589,11 +589,12 @@ def test_ranks_share_their_batches(tmp_path: Path) -> None:
     runs = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], **options) for rank in range(2)]
     try:
         for run in runs:
-            _, errors = run.communicate(timeout=120)
+            _, errors = run.communicate(timeout=300)
             assert run.returncode == 0, errors
     finally:
         for run in runs:
             run.kill()
+            run.communicate()
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert torch.equal(ranks[0].pop("trained"), ranks[1].pop("trained"))
     torch.manual_seed(0)
