@@ -322,7 +322,7 @@ def test_contradicting_options_are_refused(given: dict[str, str], told: str) -> 
 
 
 IN_RUNS: list[tuple[dict[str, Any], str]] = [
-    ({"options": SUP | {"cycles": "30"}}, "cycle"),
+    ({"options": SUP | {"cycles": "30"}}, "30 cycles do not fit into a share of 0.4 of 60 steps, which is 24"),
     ({"options": {"start": "file"}}, "--weights"),
     ({"options": {"start_batches": "3"}}, "rigl reads no gradient at its start"),
     ({"method": "dense", "options": {"start": "prune_global"}}, "dense cannot begin by --start prune_global"),

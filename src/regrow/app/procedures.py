@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from regrow.allocation import globally
+from regrow.drops import share
 from regrow.method import Method
 from regrow.sparsifier import Sparsifier
 from regrow.tickets import (
@@ -260,7 +261,13 @@ class Superposing(Plain):
     def __init__(self, steps: int, options: Around, average: Average) -> None:
         super().__init__(steps)
         self.options = options
-        self.plan: Plan = plan(steps, options.cycle_share, int(steps * options.cycle_share) // options.cycles)
+        room = share(options.cycle_share, steps)
+        if room < options.cycles:
+            raise ValueError(
+                f"{options.cycles} cycles do not fit into a share of {options.cycle_share:g} of {steps:,} steps, which "
+                f"is {room}: take fewer cycles or a larger cycle_share"
+            )
+        self.plan: Plan = plan(steps, options.cycle_share, room // options.cycles)
         self.rate = triangular(options.lr_min, options.lr_max, self.plan.cycle, self.plan.pretrain)
         self.mean = Superposition(average, options.cima_factor if average == "cima" else None)
         self.tickets: list[Ticket] = []
