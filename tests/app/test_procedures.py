@@ -128,6 +128,10 @@ def test_updates_go_on_in_cycles_when_asked(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("average", ["caa", "cima"])
 def test_a_superposing_run_resumes_to_the_bit(average: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    collected, conclude = [], procedures.Superposing.conclude
+    monkeypatch.setattr(
+        procedures.Superposing, "conclude", lambda p, *rest: collected.append(len(p.tickets)) or conclude(p, *rest)
+    )
     settings = config(options=SUP | {"superpose": average, "ensemble": "yes", "re_explore": "0.3"})
     whole = train(settings, tmp_path / "whole")
     for stop in (30, 45):
@@ -139,6 +143,7 @@ def test_a_superposing_run_resumes_to_the_bit(average: str, tmp_path: Path, monk
         with pytest.raises(KeyboardInterrupt):
             folder.run(settings, tmp_path / "parts", interrupt)
     again = train(settings, tmp_path / "parts")
+    assert collected == [4, 4]
     assert again["also"] == whole["also"] and set(whole["also"]) == {"last ticket", "ensemble"}
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()
 

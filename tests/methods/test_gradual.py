@@ -334,6 +334,7 @@ def test_dense_phases_are_dense_and_what_comes_back_starts_at_zero() -> None:
     ("options", "sparse", "dense"),
     [
         ({"until": 85, "begin": 10, "phase": 5}, [*range(10, 71, 10), 85], range(15, 76, 10)),
+        ({"until": 85}, [*range(10, 71, 10), 85], range(15, 76, 10)),
         ({"until": 170, "begin": 10, "phase": 20}, [10, 50, 90, 130, 170], range(30, 151, 40)),
         ({"until": 4, "begin": 1, "phase": 2}, [1, 4], [3]),
     ],
@@ -343,6 +344,14 @@ def test_phases_fall_on_the_published_epochs(options: dict[str, int], sparse: li
     pruning, activation = methods.ac_dc(0.1, **options).update
     assert [t for t in range(200) if pruning.due(t)] == list(sparse)
     assert [t for t in range(200) if activation.due(t)] == list(dense)
+
+
+@pytest.mark.parametrize("name", ["granet", "granet_uniform"])
+def test_the_exchange_ends_at_half_a_percent_unless_told_otherwise(name: str) -> None:
+    """Property 20: the default anneal, whose end the small counts of other tests do not show."""
+    default = inspect.signature(RECIPES[name]).parameters["anneal"].default
+    assert [default(0.5, 400, 0)(step) for step in (0, 400)] == [0.5, 0.005]
+    assert default(0.5, 400, 0)(200) == pytest.approx(0.2525)
 
 
 def test_needs_follow_from_where_the_run_starts() -> None:
