@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import regrow
-from regrow.drops import share
+from regrow.parts.drops import share
 
 
 @dataclass

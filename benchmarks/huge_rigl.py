@@ -14,7 +14,7 @@ from torch import nn
 
 import regrow
 from regrow import methods
-from regrow.allocation import uniform
+from regrow.parts.allocation import uniform
 
 N, DENSITY, LATENT = 65_536, 0.001, 128
 STEPS, INTERVAL, UNTIL, BATCH = 200, 60, 180, 64

@@ -14,8 +14,8 @@ from torch import nn
 
 import regrow
 from regrow import methods
-from regrow.allocation import uniform
-from regrow.streams import Stream
+from regrow.core.draws import Stream
+from regrow.parts.allocation import uniform
 
 N, PER_ROW, LATENT = 1_000_000, 10, 4
 STEPS, INTERVAL, UNTIL, BATCH = 200, 60, 180, 16

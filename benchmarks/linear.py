@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regrow.app.peers import sparselab, sparseprop
-from regrow.measure import CSRLinear, Maker, torch_sparse
+from regrow.engine.timing import CSRLinear, Maker, torch_sparse
 from regrow.nn.base import nonzero
 
 SIZE = 4096

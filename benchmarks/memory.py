@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import regrow
 from regrow import methods
-from regrow.allocation import uniform
+from regrow.parts.allocation import uniform
 
 BATCH, UPDATE_AT = 4, 6
 

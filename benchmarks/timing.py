@@ -25,8 +25,8 @@ import click
 import torch
 from torch import Tensor, nn
 
-from regrow import measure
 from regrow.app.machine import versions
+from regrow.engine import timing
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("sparselab", "sparseprop")
@@ -75,8 +75,8 @@ class Rounds:
 
 
 def interleave(steps: Mapping[str, Step], rounds: int = 9, once: bool = False) -> Rounds:
-    """Time every step in every round, as `regrow.measure.interleave` does."""
-    return Rounds(measure.interleave(steps, rounds, once))
+    """Time every step in every round, as `regrow.engine.timing.interleave` does."""
+    return Rounds(timing.interleave(steps, rounds, once))
 
 
 def table(rounds: Rounds, references: Sequence[str], flops: Mapping[str, float] | None = None) -> str:

@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# What these assert is told with its values, as in a test.
+pytest.register_assert_rewrite("support")
+
 settings.register_profile("regrow", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("regrow")
 

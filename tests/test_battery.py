@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow import Sparsifier, methods, sparsify
-from regrow.allocation import erk, globally, uniform
-from regrow.schedules import constant
-from storage import pairs
-from table import DENSITY, IN_STORAGES, INTERVAL, METHODS, OPTIMIZERS, UNTIL, given
+from regrow.parts.allocation import erk, globally, uniform
+from regrow.parts.schedules import constant
+from support import pairs
+from support.table import DENSITY, IN_STORAGES, INTERVAL, METHODS, OPTIMIZERS, UNTIL, given
 
 STEPS = 30
 PAIRS = list(product(METHODS, OPTIMIZERS))

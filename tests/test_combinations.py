@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import regrow
-from regrow.allocation import uniform
 from regrow.app.vocabulary import DROPS, GROWTHS, REDISTRIBUTIONS
-from regrow.growth import at_random
-from regrow.method import Method, Need, Regrow
-from regrow.observers import momentum
-from regrow.schedules import constant
-from regrow.starts import random_topology
-from regrow.streams import Stream
-from regrow.topology import Topology
-from regrow.updates import drop_and_grow, every
-from regrow.weight import Weights
-from test_oracles import Array, batches, network, share_out, top
-from test_updates import Fake
+from regrow.core.draws import Stream
+from regrow.core.method import Method, Need, Regrow
+from regrow.core.topology import Topology
+from regrow.core.weight import Weights
+from regrow.parts.allocation import uniform
+from regrow.parts.growth import at_random
+from regrow.parts.observers import momentum
+from regrow.parts.schedules import constant
+from regrow.parts.starts import random_topology
+from regrow.parts.updates import drop_and_grow, every
+from support.fakes import Fake
+from support.paper import Array, batches, network, share_out, top
 
 FRACTION, DECAY = 0.4, 0.9
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import regrow
 from regrow import methods
-from regrow.atomic import replacing
+from regrow.engine.placement import Storage
+from regrow.files import replacing
 from regrow.nn import SparseConv2d, SparseGRU, SparseLinear, SparseModule, SparseMultiheadAttention
-from regrow.storages import Storage
 
 
 class Tied(nn.Module):
@@ -367,7 +367,7 @@ def test_tied_weights_stay_tied_even_without_entries(tmp_path: Path, density: fl
         return layers
 
     def at_work(model: nn.Module, storage: Storage, seed: int) -> regrow.Sparsifier:
-        allocate = regrow.allocation.explicit({"0": density, "2": 0.5, "3": 0.0})
+        allocate = regrow.parts.allocation.explicit({"0": density, "2": 0.5, "3": 0.0})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         return regrow.sparsify(model, optimizer, methods.static(None, allocate=allocate), storage=storage, seed=seed)
 

@@ -12,8 +12,8 @@ import pytest
 
 from regrow import methods
 from regrow.methods import RECIPES
-from regrow.redistribution import mean_momentum
-from test_oracles import PAPERS, SHORT, actual, assert_same, expected, library_method
+from regrow.parts.redistribution import mean_momentum
+from support.paper import PAPERS, SHORT, actual, assert_same, expected, library_method
 
 EXPLICIT = {"0.weight": 0.1, "2.weight": 0.5, "5.weight": 0.75}
 

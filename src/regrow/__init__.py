@@ -3,10 +3,10 @@
 from regrow import methods as methods
 from regrow import metrics as metrics
 from regrow import nn as nn
+from regrow.core.topology import Topology as Topology
+from regrow.engine.sparsifier import Sparsifier as Sparsifier
+from regrow.engine.sparsify import sparsify as sparsify
 from regrow.files import load as load
 from regrow.files import save as save
-from regrow.sparsifier import Sparsifier as Sparsifier
-from regrow.sparsifier import sparsify as sparsify
-from regrow.topology import Topology as Topology
 
 __version__ = "0.1.0"

@@ -8,9 +8,11 @@ be read into a plain one.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from regrow.atomic import replacing
-from regrow.discovery import canonical_names
+from regrow.core.names import canonical_names
+from regrow.core.topology import Topology
+from regrow.engine.sparsifier import Sparsifier
 from regrow.nn import SparseModule
 from regrow.nn.base import PERSISTENT
-from regrow.sparsifier import Sparsifier
-from regrow.topology import Topology
 
 FORMAT = 1
 
@@ -300,3 +301,28 @@ def _put(saved: Saved, name: str, held: Held) -> None:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to `path` on success and removed on error.
+
+    Raises:
+        FileNotFoundError: when the folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist: make it first")
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from regrow.app import bench as module
 from regrow.app import cli, peers
 from regrow.app.bench import bench, breakeven, layer_of
-from regrow.measure import Call, Race, masked
+from regrow.engine.timing import Call, Race, masked
 from regrow.nn import SparseModule
-from twins import topology
+from support.twins import topology
 
 
 @pytest.fixture

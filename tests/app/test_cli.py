@@ -21,7 +21,7 @@ import regrow
 from regrow.app import cli, compare, folder, loop, models
 from regrow.app.config import Config, resolved
 from regrow.app.vocabulary import RECIPES, make, options, paper, parse_allocation, summary
-from regrow.storages import Storage
+from regrow.engine.placement import Storage
 
 SHORT = ("--hidden", "32,16", "--threads", "1")
 
@@ -462,7 +462,7 @@ def test_options_reach_the_method() -> None:
 
 def test_allocations_as_typed() -> None:
     shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
-    counts = regrow.allocation.counts(parse_allocation("fc3=1,rest=uniform"), shapes, 0.1)
+    counts = regrow.parts.allocation.counts(parse_allocation("fc3=1,rest=uniform"), shapes, 0.1)
     assert counts["fc3"] == 1000 and sum(counts.values()) == 26620
 
 

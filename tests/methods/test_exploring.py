@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 import regrow
-from methods.plain import (
+from regrow.core.method import Need
+from regrow.methods import RECIPES
+from regrow.parts import growth
+from support.paper import Arrays, History, Program, actual, assert_same, network, sgd
+from support.plain import (
     FRACTIONS,
     Array,
     Changes,
@@ -24,10 +28,6 @@ from methods.plain import (
     top,
     total_of,
 )
-from regrow import growth
-from regrow.method import Need
-from regrow.methods import RECIPES
-from test_oracles import Arrays, History, Program, actual, assert_same, network, sgd
 
 PAPERS: dict[str, dict[str, Any]] = {
     "itop_set": {

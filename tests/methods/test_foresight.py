@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import regrow
-from methods.plain import SHARES, Changes, cases, history
 from regrow import methods
-from regrow.allocation import at_least, explicit, globally, uniform
-from regrow.foresight import synaptic_flow
-from regrow.gradients import BatchProbe
+from regrow.core.topology import Topology
+from regrow.engine.probe import BatchProbe
 from regrow.methods import RECIPES
-from regrow.topology import Topology
-from test_oracles import (
+from regrow.parts.allocation import at_least, explicit, globally, uniform
+from regrow.parts.rounds import synaptic_flow
+from support.paper import (
     Array,
     Arrays,
     Batch,
@@ -40,6 +39,7 @@ from test_oracles import (
     share_out,
     top,
 )
+from support.plain import SHARES, Changes, cases, history
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "snip_it": {"rounds": 5, "allocate": "globally"},

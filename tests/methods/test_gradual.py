@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 import regrow
-from methods.plain import (
+from regrow import methods
+from regrow.core.method import Method, Need
+from regrow.methods import RECIPES
+from regrow.parts.allocation import at_least, globally
+from regrow.parts.schedules import constant
+from support.paper import Arrays, History, Program, actual, assert_same, backward, batches, masks, network, sgd
+from support.plain import (
     FRACTIONS,
     Changes,
     cases,
@@ -26,12 +32,6 @@ from methods.plain import (
     total_of,
     with_last,
 )
-from regrow import methods
-from regrow.allocation import at_least, globally
-from regrow.method import Method, Need
-from regrow.methods import RECIPES
-from regrow.schedules import constant
-from test_oracles import Arrays, History, Program, actual, assert_same, backward, batches, masks, network, sgd
 
 PAPERS: dict[str, dict[str, Any]] = {
     "granet": {

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import regrow
-from regrow import allocation
-from regrow.method import Method
+from regrow.core.draws import Stream
+from regrow.core.method import Method
 from regrow.methods import RECIPES
-from regrow.streams import Stream
-from test_oracles import (
+from regrow.parts import allocation
+from support.paper import (
     LR,
     MOMENTUM,
     WEIGHT_DECAY,

@@ -17,16 +17,17 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regrow
-from methods.plain import FRACTIONS, SHARES, WORDS, Changes, cases, history, start, stream, total_of
-from regrow import allocation, methods
-from regrow.method import Method, Need
+from regrow import methods
+from regrow.core.draws import Stream
+from regrow.core.method import Method, Need
+from regrow.core.topology import Topology
+from regrow.core.weight import Weights
 from regrow.methods import RECIPES
 from regrow.methods.rewiring import sampled_gradient
-from regrow.streams import Stream
-from regrow.topology import Topology
-from regrow.weight import Weights
-from test_oracles import Array, Arrays, History, Program, actual, assert_same, batches, network, share_out, top
-from test_updates import Fake
+from regrow.parts import allocation
+from support.fakes import Fake
+from support.paper import Array, Arrays, History, Program, actual, assert_same, batches, network, share_out, top
+from support.plain import FRACTIONS, SHARES, WORDS, Changes, cases, history, start, stream, total_of
 
 PAPERS: dict[str, dict[str, Any]] = {
     "dsr": {

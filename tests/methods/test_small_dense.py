@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from networks import mobilenet_v1, resnet50, scaled
 from regrow.methods.small_dense import small_dense
 from regrow.metrics.size import model_bits
+from support.networks import mobilenet_v1, resnet50, scaled
 
 
 def dense_bits(build: Callable[[float], nn.Module], width: float) -> int:

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import regrow
-from regrow import methods, starts
-from regrow.schedules import constant
+from regrow import methods
+from regrow.core.draws import Stream
+from regrow.core.topology import Topology
+from regrow.parts import starts
+from regrow.parts.schedules import constant
+from regrow.parts.structures import fan_ins
 from regrow.storage import compressed
-from regrow.streams import Stream
-from regrow.structures import fan_ins
-from regrow.topology import Topology
-from test_oracles import (
+from support.fakes import Fake, run, together
+from support.paper import (
     ANNEAL,
     Array,
     Arrays,
@@ -38,7 +40,6 @@ from test_oracles import (
     network,
     sgd,
 )
-from test_updates import Fake, run, together
 
 PAPER = Recipe("srigl", anneal="cosine", allocate="erk", timing="instead")
 SHORT: dict[str, dict[str, Any]] = {"srigl": {"density": 0.3, "until": 13, "interval": 3}}

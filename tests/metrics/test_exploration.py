@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import regrow
-from regrow import growth, methods
-from regrow.method import Method, Need
+from regrow import methods
+from regrow.core.method import Method, Need
 from regrow.metrics import Exploration, exploration
-from regrow.schedules import constant
-from test_oracles import Arrays, backward, batches, masks, network, sgd
+from regrow.parts import growth
+from regrow.parts.schedules import constant
+from support.paper import Arrays, backward, batches, masks, network, sgd
 
 EXPLORING: dict[str, Callable[[], Method]] = {
     "itop_set": lambda: methods.itop_set(0.3, until=99, interval=2),

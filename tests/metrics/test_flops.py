@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import regrow
-from networks import mobilenet_v1, resnet50
 from regrow import methods, metrics
+from regrow.engine.placement import Storage
 from regrow.metrics.flops import Flops, flops, pruning_training_flops, training_flops
 from regrow.nn import SparseConv2d, SparseLinear, SparseModule
-from regrow.storages import Storage
-from twins import sparsified
+from support.networks import mobilenet_v1, resnet50
+from support.twins import sparsified
 
 Shapes = dict[str, tuple[int, ...]]
 

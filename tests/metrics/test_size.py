@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from networks import mobilenet_v1, resnet50
 from regrow.metrics.size import model_bits, to_bytes, weight_bits
+from support.networks import mobilenet_v1, resnet50
 
 Shapes = list[tuple[int, ...]]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow import kernels
+from regrow.core.draws import Stream
 from regrow.nn import SparseLinear, SparseModule, SparseMultiheadAttention, leave_fast_path
-from regrow.streams import Stream
-from twins import assert_equal, sparsified
+from support.twins import assert_equal, sparsified
 
 E = 6
 OPTIONS = [

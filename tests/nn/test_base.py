@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from regrow.core.topology import Topology
 from regrow.nn import (
     SPARSE,
     SparseConv1D,
@@ -23,8 +24,7 @@ from regrow.nn import (
     SparseMultiheadAttention,
     sparse_class,
 )
-from regrow.topology import Topology
-from twins import sparsified, tensors, topology
+from support.twins import sparsified, tensors, topology
 
 Make = Callable[[], nn.Module]
 

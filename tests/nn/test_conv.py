@@ -10,7 +10,7 @@ from torch import nn
 
 from regrow import kernels
 from regrow.nn import SparseConv1d, SparseConv2d, SparseModule
-from twins import assert_equal, sparsified
+from support.twins import assert_equal, sparsified
 
 OPTIONS: list[dict[str, Any]] = [
     {"kernel_size": 1},

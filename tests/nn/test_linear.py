@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import regrow
 from regrow import kernels
 from regrow.nn import SparseConv1D, SparseLinear, SparseModule
-from twins import assert_equal, sparsified
+from support.twins import assert_equal, sparsified
 
 SHAPES = [(1, 1), (7, 3), (3, 17), (33, 20)]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 from regrow.nn import SparseGRU, SparseLSTM, SparseLSTMCell, SparseModule, SparseRNN, SparseRNNCell
-from twins import assert_equal, sparsified
+from support.twins import assert_equal, sparsified
 
 LAYERS = [nn.RNN, nn.GRU, nn.LSTM]
 CELLS = [nn.RNNCell, nn.GRUCell, nn.LSTMCell]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from storage.pairs import Run, model_of
-from table import METHODS
+from support.pairs import Run, model_of
+from support.table import METHODS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

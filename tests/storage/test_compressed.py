@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from torch.utils import checkpoint
 
 from regrow import Sparsifier, methods, sparsify
-from regrow.method import Method
-from regrow.schedules import constant
-from storage.pairs import Run, batch, held, loss_of, model_of, positions, require_inert_tails, tensors
-from table import METHODS, OPTIMIZERS
+from regrow.core.method import Method
+from regrow.parts.schedules import constant
+from support.pairs import Run, batch, held, loss_of, model_of, positions, require_inert_tails, tensors
+from support.table import METHODS, OPTIMIZERS
 
 BOTH = ("masked", "compressed")
 

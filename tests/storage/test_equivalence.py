@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import table
 from regrow import methods, sparsify
-from storage.pairs import Run, batch, loss_of, positions, tensors
-from table import DENSITY, METHODS
+from support import table
+from support.pairs import Run, batch, loss_of, positions, tensors
+from support.table import DENSITY, METHODS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import regrow
 from regrow import Sparsifier, methods, sparsify
-from regrow.method import Latent, Method, Need
-from regrow.starts import dense
-from storage.pairs import batch, loss_of, model_of
-from table import METHODS, OPTIMIZERS
+from regrow.core.method import Latent, Method, Need
+from regrow.parts.starts import dense
+from support.pairs import batch, loss_of, model_of
+from support.table import METHODS, OPTIMIZERS
 
 LEARNED = [name for name, row in METHODS.items() if row.make().latent is not None]
 NOISY = ["l0", "variational_dropout"]

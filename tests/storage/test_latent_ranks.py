@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import regrow
 from regrow import sparsify
-from storage.pairs import batch, loss_of, model_of
-from table import METHODS, OPTIMIZERS
+from support.pairs import batch, loss_of, model_of
+from support.table import METHODS, OPTIMIZERS
 
 CASES = ["dnw", "top_kast", "str", "movement", "l0", "variational_dropout"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import regrow
 from regrow import methods, sparsify
-from regrow.allocation import uniform
-from storage.pairs import NETS, positions, require_inert_tails
-from table import METHODS, OPTIMIZERS
+from regrow.parts.allocation import uniform
+from support.pairs import NETS, positions, require_inert_tails
+from support.table import METHODS, OPTIMIZERS
 
 
 class Wide(nn.Module):
@@ -186,7 +186,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.device("meta"):
     model = nn.Sequential(nn.Linear(20_000, 20_000), nn.ReLU(), nn.Linear(20_000, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-allocate = regrow.allocation.uniform
+allocate = regrow.parts.allocation.uniform
 method = methods.set_(0.001, until=9, interval=2, allocate=allocate)
 sparsifier = regrow.sparsify(model, optimizer, method, storage="compressed")
 first = sparsifier.topologies["0.weight"]

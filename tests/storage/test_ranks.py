@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import regrow
 from regrow import methods, sparsify
-from regrow.method import Method
-from regrow.schedules import constant
-from storage.pairs import batch, loss_of, model_of, tensors
-from table import METHODS, OPTIMIZERS
+from regrow.core.method import Method
+from regrow.parts.schedules import constant
+from support.pairs import batch, loss_of, model_of, tensors
+from support.table import METHODS, OPTIMIZERS
 
 STEPS = 6
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regrow import methods, sparsify
 from regrow.tickets import reestimate_batchnorm
-from table import OPTIMIZERS, STORAGES
+from support.table import OPTIMIZERS, STORAGES
 
 
 def model_of(momentum: float | None = 0.1) -> nn.Module:

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regrow import methods
-from regrow.method import Need
-from regrow.schedules import constant
+from regrow.core.method import Need
+from regrow.parts.schedules import constant
 from regrow.tickets import Plan, plan, reexploring, triangular, without_updates_from
-from storage.pairs import Run, positions
-from table import STORAGES
+from support.pairs import Run, positions
+from support.table import STORAGES
 
 
 @pytest.mark.parametrize(

@@ -17,21 +17,12 @@ from torch.optim.lr_scheduler import StepLR
 
 import regrow
 from regrow import methods
-from regrow.allocation import globally, uniform
-from regrow.scores import random
-from regrow.tickets import (
-    Snapshot,
-    Ticket,
-    lottery,
-    reinitialized,
-    rewind,
-    round_densities,
-    shuffled,
-    winning,
-)
-from regrow.topology import Topology
-from storage.pairs import Run, positions, tensors
-from table import OPTIMIZERS, STORAGES
+from regrow.core.topology import Topology
+from regrow.parts.allocation import globally, uniform
+from regrow.parts.scores import random
+from regrow.tickets import Snapshot, Ticket, lottery, reinitialized, rewind, round_densities, shuffled, winning
+from support.pairs import Run, positions, tensors
+from support.table import OPTIMIZERS, STORAGES
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]

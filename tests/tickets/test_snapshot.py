@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 from regrow import methods
-from regrow.method import Method
-from regrow.schedules import constant
+from regrow.core.method import Method
+from regrow.parts.schedules import constant
 from regrow.tickets import Snapshot
-from storage.pairs import Run
-from table import STORAGES
+from support.pairs import Run
+from support.table import STORAGES
 
 MAKE: dict[str, Callable[[], Method]] = {
     "rigl": lambda: methods.rigl(0.3, interval=3, until=30, anneal=constant),

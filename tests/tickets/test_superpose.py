@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import regrow
 from regrow import methods, sparsify
-from regrow.allocation import erk, globally, uniform
-from regrow.schedules import constant
-from regrow.streams import Stream
+from regrow.core.draws import Stream
+from regrow.core.topology import Topology
+from regrow.parts.allocation import erk, globally, uniform
+from regrow.parts.schedules import constant
 from regrow.tickets import Superposition, Ticket, ensemble, layer_preserving, plan, reexploring, triangular
-from regrow.topology import Topology
-from storage.pairs import Run, batch, tensors
-from table import OPTIMIZERS, STORAGES
+from support.pairs import Run, batch, tensors
+from support.table import OPTIMIZERS, STORAGES
 
 Array = NDArray[Any]
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow import methods, sparsify
-from regrow.allocation import uniform
-from regrow.method import Method
-from regrow.schedules import constant
+from regrow.core.method import Method
+from regrow.core.topology import Topology
+from regrow.parts.allocation import uniform
+from regrow.parts.schedules import constant
 from regrow.tickets import Snapshot, Ticket, installed
-from regrow.topology import Topology
-from storage.pairs import Run, batch, loss_of, tensors
-from table import OPTIMIZERS, STORAGES
+from support.pairs import Run, batch, loss_of, tensors
+from support.table import OPTIMIZERS, STORAGES
 
 MOMENTS = ("momentum_buffer", "exp_avg")
 

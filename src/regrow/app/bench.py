@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from regrow import kernels
 from regrow.app.machine import versions
 from regrow.app.peers import peers as makers_of_peers
-from regrow.discovery import Selector, find
-from regrow.measure import (
+from regrow.core.draws import Stream
+from regrow.core.text import table
+from regrow.engine.discovery import Selector, find
+from regrow.engine.timing import (
     Call,
     Maker,
     Race,
@@ -33,8 +35,6 @@ from regrow.measure import (
 from regrow.metrics.uses import kind
 from regrow.nn import sparse_class
 from regrow.nn.base import sample
-from regrow.streams import Stream
-from regrow.table import table
 
 DENSITIES = (0.2, 0.1, 0.05, 0.02, 0.01)
 TOLERANCE = 1e-3

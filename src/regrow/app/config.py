@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from regrow.atomic import replacing
+from regrow.files import replacing
 
 
 @dataclass(frozen=True)

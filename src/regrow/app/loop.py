@@ -33,14 +33,14 @@ from regrow.app.config import Config, write_text
 from regrow.app.machine import versions
 from regrow.app.procedures import Around, Plain, Procedure, procedure
 from regrow.app.vocabulary import STARTS, make, parsed, parsed_around
-from regrow.atomic import replacing
-from regrow.method import Method, Need, Start
+from regrow.core.draws import Stream
+from regrow.core.method import Method, Need, Start
+from regrow.core.topology import Topology
+from regrow.engine.placement import Storage
+from regrow.engine.sparsifier import Sparsifier
+from regrow.files import replacing
 from regrow.metrics.flops import Flops
-from regrow.sparsifier import Sparsifier
-from regrow.starts import given
-from regrow.storages import Storage
-from regrow.streams import Stream
-from regrow.topology import Topology
+from regrow.parts.starts import given
 
 CHECKPOINT_SECONDS = 30.0
 RECORDS = 200

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from regrow.measure import Maker, Topologies, masked
+from regrow.engine.timing import Maker, Topologies, masked
 
 _WIDE = 32
 """From this width of the image on, SparseProp's README has its convolutions go along the width."""

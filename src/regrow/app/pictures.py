@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from regrow.atomic import replacing
+from regrow.files import replacing
 
 Floats = npt.NDArray[np.float64]
 

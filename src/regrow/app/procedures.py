@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from regrow.allocation import globally
-from regrow.drops import share
-from regrow.method import Method
-from regrow.sparsifier import Sparsifier
+from regrow.core.method import Method
+from regrow.engine.sparsifier import Sparsifier
+from regrow.parts.allocation import globally
+from regrow.parts.drops import share
 from regrow.tickets import (
     Plan,
     Snapshot,

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from regrow import allocation, drops, growth, methods, redistribution, schedules, scores, starts
+from regrow import methods
 from regrow.app.procedures import Around, around
-from regrow.method import Allocation, Drop, Growth, Method, Score, Start, Statistic
+from regrow.core.checks import require_density
+from regrow.core.method import Allocation, Drop, Growth, Method, Score, Start, Statistic
 from regrow.methods.dynamic import Anneal, smallest
 from regrow.methods.gradual import cosine_to_half_percent
 from regrow.methods.rewiring import sampled_gradient
-from regrow.validation import require_density
+from regrow.parts import allocation, drops, growth, redistribution, schedules, scores, starts
 
 T = TypeVar("T")
 

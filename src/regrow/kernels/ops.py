@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.core.topology import Topology
 from regrow.kernels import activations, native, reference
 from regrow.kernels.geometry import Geometry
 from regrow.kernels.index import Index
-from regrow.topology import Topology
 
 _INT32 = torch.iinfo(torch.int32).max
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable as _Callable
 
-from regrow.method import Method as _Method
+from regrow.core.method import Method as _Method
 from regrow.methods.baselines import dense as dense
 from regrow.methods.baselines import static as static
 from regrow.methods.dynamic import dst as dst

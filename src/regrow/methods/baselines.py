@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from regrow import starts
-from regrow.allocation import erk
-from regrow.method import Allocation, Method, Need
-from regrow.validation import require_density
+from regrow.core.checks import require_density
+from regrow.core.method import Allocation, Method, Need
+from regrow.parts import starts
+from regrow.parts.allocation import erk
 
 
 def dense() -> Method:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from regrow import growth, observers, starts
-from regrow.allocation import er, erk, uniform
-from regrow.drops import lowest
-from regrow.growth import by_gradient
-from regrow.method import Allocation, Drop, Growth, Method, Need, Regrow, Statistic, Timing
-from regrow.redistribution import mean_momentum
-from regrow.schedules import Schedule, constant, cosine
-from regrow.scores import magnitude
-from regrow.updates import drop_and_grow, every
-from regrow.validation import require_dynamic
+from regrow.core.checks import require_dynamic
+from regrow.core.method import Allocation, Drop, Growth, Method, Need, Regrow, Statistic, Timing
+from regrow.parts import growth, observers, starts
+from regrow.parts.allocation import er, erk, uniform
+from regrow.parts.drops import lowest
+from regrow.parts.growth import by_gradient
+from regrow.parts.redistribution import mean_momentum
+from regrow.parts.schedules import Schedule, constant, cosine
+from regrow.parts.scores import magnitude
+from regrow.parts.updates import drop_and_grow, every
 
 Anneal = Callable[[float, int, int], Schedule]
 """How the drop fraction moves: (first value, until, begin) -> schedule."""
@@ -202,7 +202,7 @@ def dst(  # noqa: PLR0913 - every part of the update is an option
     "DST", whose options are ignored there on small data sets; the parts have sources of their own.
 
     Examples:
-        >>> from regrow import growth
+        >>> from regrow.parts import growth
         >>> dst(0.1, until=350, grow=growth.at_random, redistribute=mean_momentum).needs
         <Need.EVERY_GRADIENT|ROOM: 18>
     """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from regrow import growth, starts
-from regrow.allocation import erk
-from regrow.drops import lowest
-from regrow.method import Allocation, Growth, Method, Need, Regrow, Timing
+from regrow.core.checks import require_dynamic
+from regrow.core.method import Allocation, Growth, Method, Need, Regrow, Timing
 from regrow.methods.dynamic import Anneal
-from regrow.schedules import cosine
-from regrow.scores import magnitude
-from regrow.updates import drop_and_grow, every
-from regrow.validation import require_dynamic
+from regrow.parts import growth, starts
+from regrow.parts.allocation import erk
+from regrow.parts.drops import lowest
+from regrow.parts.schedules import cosine
+from regrow.parts.scores import magnitude
+from regrow.parts.updates import drop_and_grow, every
 
 
 def itop_set(

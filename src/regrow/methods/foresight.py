@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from regrow.allocation import globally
-from regrow.foresight import (
+from regrow.core.method import Allocation, Method
+from regrow.parts.allocation import globally
+from regrow.parts.rounds import (
     connection_sensitivity,
     every_position,
     gradient_flow,
@@ -12,7 +13,6 @@ from regrow.foresight import (
     remaining,
     synaptic_flow,
 )
-from regrow.method import Allocation, Method
 
 
 def snip_it(density: float | None, *, rounds: int = 5, allocate: Allocation = globally) -> Method:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from regrow import growth, starts
-from regrow.allocation import erk, globally, last_at_least, require_last, uniform
-from regrow.method import Allocation, Method, Need, Regrow, Rule, Timing, Update
+from regrow.core.checks import require_choice, require_density, require_fraction, require_timing
+from regrow.core.method import Allocation, Method, Need, Regrow, Rule, Timing, Update
+from regrow.core.topology import Topology
+from regrow.core.weight import Weights
 from regrow.methods.dynamic import Anneal, smallest
-from regrow.schedules import Schedule, constant, cosine_to, cubic
-from regrow.scores import magnitude
-from regrow.topology import Topology
-from regrow.updates import chain, drop_and_grow, every, prune, rewire
-from regrow.validation import require_choice, require_density, require_fraction, require_timing
-from regrow.weight import Weights
+from regrow.parts import growth, starts
+from regrow.parts.allocation import erk, globally, last_at_least, require_last, uniform
+from regrow.parts.schedules import Schedule, constant, cosine_to, cubic
+from regrow.parts.scores import magnitude
+from regrow.parts.updates import chain, drop_and_grow, every, prune, rewire
 
 cosine_to_half_percent: Anneal = cosine_to(0.005)
 """A cosine that ends at 0.005, as in the codes of SNFS, ITOP and GraNet."""

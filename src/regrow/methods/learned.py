@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regrow import latents
-from regrow.allocation import uniform
-from regrow.method import Allocation, Latent, Method, Need, Parts, Rule, Trained
-from regrow.schedules import constant, cubic
-from regrow.structures import n_of_m
-from regrow.validation import require_choice, require_density
-from regrow.weight import SparseWeight, Weights
+from regrow.core.checks import require_choice, require_density
+from regrow.core.method import Allocation, Latent, Method, Need, Parts, Rule, Trained
+from regrow.core.weight import SparseWeight, Weights
+from regrow.parts import reparametrizations
+from regrow.parts.allocation import uniform
+from regrow.parts.schedules import constant, cubic
+from regrow.parts.structures import n_of_m
 
 STRAIGHT = Need.DENSE_VALUES | Need.EVERY_GRADIENT
 """What straight-through methods need: values and gradients of inactive entries too."""
@@ -75,9 +75,9 @@ def ste(density: float | None, *, ramp: int | None = None, allocate: Allocation 
 
 def _by_magnitude(name: str, density: float | None, allocate: Allocation, ramp: int | None) -> Method:
     schedule = None if density is None else constant(density) if ramp is None else cubic(1.0, density, ramp)
-    update = latents.select(schedule, latents.magnitude, allocate, last=density)
-    latent = Latent(latents.straight_through)
-    return Method(name, latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
+    update = reparametrizations.select(schedule, reparametrizations.magnitude, allocate, last=density)
+    latent = Latent(reparametrizations.straight_through)
+    return Method(name, reparametrizations.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
 
 
 def sr_ste(
@@ -120,9 +120,11 @@ def sr_ste(
         return decay / 2 * (parts.latent * ~parts.active).square().sum()
 
     schedule = None if density is None else constant(density)
-    update = latents.select(schedule, latents.magnitude, allocate, last=density, structure=structure)
-    latent = Latent(latents.straight_through, penalty=penalty)
-    return Method("sr_ste", latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
+    update = reparametrizations.select(
+        schedule, reparametrizations.magnitude, allocate, last=density, structure=structure
+    )
+    latent = Latent(reparametrizations.straight_through, penalty=penalty)
+    return Method("sr_ste", reparametrizations.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
 
 
 def top_kast(
@@ -166,12 +168,12 @@ def top_kast(
         raise ValueError(f"top_kast: choices must be at least 1 step apart, got interval {interval}")
 
     def apply(weights: Weights, step: int) -> None:
-        scores = [latents.magnitude(w) for w in weights]
+        scores = [reparametrizations.magnitude(w) for w in weights]
         used, trained = (
-            latents.ranked_counts(weights, scores, share, allocate) for share in (density, backward_density)
+            reparametrizations.ranked_counts(weights, scores, share, allocate) for share in (density, backward_density)
         )
         sets = [
-            (latents.highest(w, s, a), latents.highest(w, s, max(a, b)))
+            (reparametrizations.highest(w, s, a), reparametrizations.highest(w, s, max(a, b)))
             for w, s, a, b in zip(weights, scores, used, trained, strict=True)
         ]
         for weight, (forward, backward) in zip(weights, sets, strict=True):
@@ -184,8 +186,10 @@ def top_kast(
         return penalty * ((magnitudes * parts.active).sum() + (magnitudes * rest).sum() / density)
 
     update = (Rule(apply, lambda step: step % interval == 0, require=lambda weights: weights.require(density)),)
-    latent = Latent(latents.straight_through, penalty=exploration, reach=lambda parts: parts.state["backward"])
-    return Method("top_kast", latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
+    latent = Latent(
+        reparametrizations.straight_through, penalty=exploration, reach=lambda parts: parts.state["backward"]
+    )
+    return Method("top_kast", reparametrizations.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
 
 
 def str_(
@@ -220,15 +224,15 @@ def str_(
     g = torch.sigmoid if threshold == "sigmoid" else torch.exp
 
     def above(weight: SparseWeight) -> Tensor:
-        return latents.magnitude(weight) > g(weight.state["threshold"])
+        return reparametrizations.magnitude(weight) > g(weight.state["threshold"])
 
-    update = latents.where(above)
+    update = reparametrizations.where(above)
     latent = Latent(
-        lambda parts: latents.soft_threshold(parts, g),
-        trained=(Trained("threshold", latents.single(initial), threshold_lr, threshold_weight_decay),),
+        lambda parts: reparametrizations.soft_threshold(parts, g),
+        trained=(Trained("threshold", reparametrizations.single(initial), threshold_lr, threshold_weight_decay),),
         reach=lambda parts: parts.active,
     )
-    return Method("str", latents.now(update), update, timing="after", needs=Need.DENSE_VALUES, latent=latent)
+    return Method("str", reparametrizations.now(update), update, timing="after", needs=Need.DENSE_VALUES, latent=latent)
 
 
 def movement(
@@ -259,9 +263,13 @@ def movement(
         'scores'
     """
     require_density("movement", density)
-    update = latents.select(cubic(1.0, density, until, begin), latents.state("scores"), allocate, last=density)
-    latent = Latent(latents.gated, trained=(Trained("scores", latents.filled(0.0), weight_decay=0.0),))
-    return Method("movement", latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
+    update = reparametrizations.select(
+        cubic(1.0, density, until, begin), reparametrizations.state("scores"), allocate, last=density
+    )
+    latent = Latent(
+        reparametrizations.gated, trained=(Trained("scores", reparametrizations.filled(0.0), weight_decay=0.0),)
+    )
+    return Method("movement", reparametrizations.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
 
 
 def soft_movement(
@@ -298,14 +306,16 @@ def soft_movement(
     _require_penalty("soft_movement", penalty)
     _require_rate("soft_movement", "score_lr", score_lr)
     ramp = cubic(0.0, penalty, until, begin)
-    scores = latents.state("scores")
-    update = latents.where(lambda weight: scores(weight).sigmoid() > threshold)
+    scores = reparametrizations.state("scores")
+    update = reparametrizations.where(lambda weight: scores(weight).sigmoid() > threshold)
     latent = Latent(
-        latents.gated,
-        trained=(Trained("scores", latents.filled(0.0), score_lr, 0.0),),
+        reparametrizations.gated,
+        trained=(Trained("scores", reparametrizations.filled(0.0), score_lr, 0.0),),
         penalty=lambda parts, step: ramp(step) * parts.state["scores"].sigmoid().sum(),
     )
-    return Method("soft_movement", latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
+    return Method(
+        "soft_movement", reparametrizations.now(update), update, timing="after", needs=STRAIGHT, latent=latent
+    )
 
 
 def l0(
@@ -342,15 +352,23 @@ def l0(
     if not temperature > 0:
         raise ValueError(f"l0: temperature must be above 0, got {temperature:g}")
     _require_rate("l0", "gate_lr", gate_lr)
-    log_alpha = latents.state("log_alpha")
-    update = latents.where(lambda weight: latents.hard_concrete(log_alpha(weight), None, temperature) > 0)
+    log_alpha = reparametrizations.state("log_alpha")
+    update = reparametrizations.where(
+        lambda weight: reparametrizations.hard_concrete(log_alpha(weight), None, temperature) > 0
+    )
     latent = Latent(
-        lambda parts: parts.latent * latents.hard_concrete(parts.state["log_alpha"], parts.noise, temperature),
-        trained=(Trained("log_alpha", latents.filled(math.log(1 - droprate) - math.log(droprate)), gate_lr, 0.0),),
-        penalty=lambda parts, step: penalty * latents.open_probability(parts.state["log_alpha"], temperature).sum(),
+        lambda parts: (
+            parts.latent * reparametrizations.hard_concrete(parts.state["log_alpha"], parts.noise, temperature)
+        ),
+        trained=(
+            Trained("log_alpha", reparametrizations.filled(math.log(1 - droprate) - math.log(droprate)), gate_lr, 0.0),
+        ),
+        penalty=lambda parts, step: (
+            penalty * reparametrizations.open_probability(parts.state["log_alpha"], temperature).sum()
+        ),
         noise=lambda stream, count: stream.uniform(count),
     )
-    return Method("l0", latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
+    return Method("l0", reparametrizations.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
 
 
 def variational_dropout(
@@ -385,21 +403,23 @@ def variational_dropout(
 
     def noise_ratio(weight: SparseWeight) -> Tensor:
         values = weight.state["latent"].view(-1)
-        return latents.log_dropout(values.to(weight.state["log_variance"].dtype), state(weight))
+        return reparametrizations.log_dropout(values.to(weight.state["log_variance"].dtype), state(weight))
 
     def divergence(parts: Parts, step: int) -> Tensor:
-        log_alpha = latents.log_dropout(parts.latent, parts.state["log_variance"])
-        return penalty * latents.dropout_divergence(log_alpha).sum()
+        log_alpha = reparametrizations.log_dropout(parts.latent, parts.state["log_variance"])
+        return penalty * reparametrizations.dropout_divergence(log_alpha).sum()
 
-    state = latents.state("log_variance")
-    update = latents.where(lambda weight: noise_ratio(weight) < threshold)
+    state = reparametrizations.state("log_variance")
+    update = reparametrizations.where(lambda weight: noise_ratio(weight) < threshold)
     latent = Latent(
-        latents.noisy,
-        trained=(Trained("log_variance", latents.filled(log_variance), variance_lr, 0.0),),
+        reparametrizations.noisy,
+        trained=(Trained("log_variance", reparametrizations.filled(log_variance), variance_lr, 0.0),),
         penalty=divergence,
         noise=lambda stream, count: stream.normal(count),
     )
-    return Method("variational_dropout", latents.now(update), update, timing="after", needs=STRAIGHT, latent=latent)
+    return Method(
+        "variational_dropout", reparametrizations.now(update), update, timing="after", needs=STRAIGHT, latent=latent
+    )
 
 
 def _require_penalty(method: str, penalty: float) -> None:

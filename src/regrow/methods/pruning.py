@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from regrow import starts
-from regrow.allocation import globally, uniform
-from regrow.method import Allocation, Method, Need, Timing
-from regrow.schedules import cubic
-from regrow.scores import magnitude, saliency
-from regrow.updates import every, prune
-from regrow.validation import require_density, require_timing
+from regrow.core.checks import require_density, require_timing
+from regrow.core.method import Allocation, Method, Need, Timing
+from regrow.parts import starts
+from regrow.parts.allocation import globally, uniform
+from regrow.parts.schedules import cubic
+from regrow.parts.scores import magnitude, saliency
+from regrow.parts.updates import every, prune
 
 
 def snip(density: float | None, *, allocate: Allocation = globally) -> Method:

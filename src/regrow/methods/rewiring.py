@@ -9,18 +9,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regrow import growth, selection, starts
-from regrow.allocation import apportion, er, uniform
-from regrow.drops import adaptive_threshold, keep_highest, lowest, share
-from regrow.method import Allocation, Growth, Method, Need, Probe, Regrow, Rule, Score, Start, Timing, Update
+from regrow.core import selection
+from regrow.core.checks import require_density, require_dynamic
+from regrow.core.method import Allocation, Growth, Method, Need, Probe, Regrow, Rule, Score, Start, Timing, Update
+from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight, Weights
 from regrow.methods.dynamic import Anneal
-from regrow.redistribution import survivors
-from regrow.schedules import Schedule, constant, cosine, linear
-from regrow.scores import magnitude, magnitude_and_gradient
-from regrow.topology import Topology
-from regrow.updates import drop_and_grow, every, reached, rewire
-from regrow.validation import require_density, require_dynamic
-from regrow.weight import SparseWeight, Weights
+from regrow.parts import growth, starts
+from regrow.parts.allocation import apportion, er, uniform
+from regrow.parts.drops import adaptive_threshold, keep_highest, lowest, share
+from regrow.parts.redistribution import survivors
+from regrow.parts.schedules import Schedule, constant, cosine, linear
+from regrow.parts.scores import magnitude, magnitude_and_gradient
+from regrow.parts.updates import drop_and_grow, every, reached, rewire
 
 _log = logging.getLogger("regrow")
 

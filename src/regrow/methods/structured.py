@@ -10,18 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regrow import growth, selection, starts
-from regrow.allocation import erk
-from regrow.drops import keep_highest, share
-from regrow.method import Allocation, Method, Need, Rule, Timing, Update
+from regrow.core import selection
+from regrow.core.checks import require_density, require_fraction, require_timing
+from regrow.core.method import Allocation, Method, Need, Rule, Timing, Update
+from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight, Weights
 from regrow.methods.dynamic import Anneal
-from regrow.schedules import Schedule, cosine
-from regrow.scores import magnitude
-from regrow.structures import best_of_each, by_output, constant_fan_in, fan_ins, outputs_of
-from regrow.topology import Topology
-from regrow.updates import every, reached, rewire
-from regrow.validation import require_density, require_fraction, require_timing
-from regrow.weight import SparseWeight, Weights
+from regrow.parts import growth, starts
+from regrow.parts.allocation import erk
+from regrow.parts.drops import keep_highest, share
+from regrow.parts.schedules import Schedule, cosine
+from regrow.parts.scores import magnitude
+from regrow.parts.structures import best_of_each, by_output, constant_fan_in, fan_ins, outputs_of
+from regrow.parts.updates import every, reached, rewire
 
 _log = logging.getLogger("regrow")
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from regrow.discovery import canonical
+from regrow.core.names import canonical
+from regrow.core.text import table
 from regrow.metrics import uses
-from regrow.table import table
 
 _OMITTED = "norms, pooling, softmax, attention products and element-wise work are not counted"
 _BLOCK = re.compile(r"(.+)\[(\d+)\]")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from regrow.sparsifier import Sparsifier
-from regrow.topology import Topology
+from regrow.core.topology import Topology
+from regrow.engine.sparsifier import Sparsifier
 
 
 def densities(sparsifier: Sparsifier) -> dict[str, float]:

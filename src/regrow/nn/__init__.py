@@ -3,11 +3,11 @@
 from torch import nn
 from torch.nn.utils import parametrize
 
+from regrow.core.topology import fan_in_scale as fan_in_scale
 from regrow.nn.attention import SparseMultiheadAttention as SparseMultiheadAttention
 from regrow.nn.attention import leave_fast_path as leave_fast_path
 from regrow.nn.base import Init as Init
 from regrow.nn.base import SparseModule as SparseModule
-from regrow.nn.base import fan_in_scale as fan_in_scale
 from regrow.nn.conv import SparseConv1d as SparseConv1d
 from regrow.nn.conv import SparseConv2d as SparseConv2d
 from regrow.nn.linear import SparseConv1D as SparseConv1D

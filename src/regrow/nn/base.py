@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow import kernels
+from regrow.core.draws import Stream
+from regrow.core.topology import Topology, fan_in_scale
 from regrow.kernels import Geometry, Index
-from regrow.streams import Stream
-from regrow.topology import Topology
 
 Init = Literal["module", "fan_in"]
 """How values are drawn: as the dense module draws its own, or those scaled to the fan-in each output really has."""
@@ -254,21 +254,6 @@ def nonzero(weight: Tensor) -> Topology:
 def zeros(stream: Stream, count: int) -> Tensor:
     """Zeros."""
     return torch.zeros(count, dtype=torch.float64)
-
-
-def fan_in_scale(topology: Topology, out_axis: int = 0) -> Tensor:
-    """sqrt(fan-in of the dense weight / active fan-in of the same output) at each active entry, (nnz,).
-
-    Values drawn for the dense weight and multiplied by this keep the variance of every output that is connected.
-
-    Source: Evci et al. 2022, Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win, section 3.1: each
-    neuron is initialized by the number of connections it has.
-    """
-    outputs = topology.indices
-    outputs //= math.prod(topology.shape[out_axis + 1 :])
-    outputs %= topology.shape[out_axis]
-    active = torch.bincount(outputs, minlength=topology.shape[out_axis])
-    return (topology.numel / topology.shape[out_axis] / active[outputs].double()).sqrt()
 
 
 def sample(shape: tuple[int, ...], density: float, stream: Stream) -> Topology:

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow import kernels, selection
+from regrow import kernels
+from regrow.core import selection
+from regrow.core.draws import Stream
+from regrow.core.topology import Topology
 from regrow.nn import SparseModule, sparse_class
-from regrow.optimizers import (
+from regrow.storage.state import (
     SECOND_MOMENTS,
     forget_other_state,
     preserves_zeros,
     starting_moment,
     weight_shaped_state,
 )
-from regrow.streams import Stream
-from regrow.topology import Topology
 
 REFUSED = frozenset({"Muon", "Adafactor", "LBFGS"})
 """Optimizers of torch.optim that read a weight's dense shape, or all parameters as one vector."""

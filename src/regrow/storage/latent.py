@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow import selection
-from regrow.method import Latent, Parts
-from regrow.optimizers import add_beside, gradient_scale, has_scheduler, take_out
+from regrow.core import selection
+from regrow.core.draws import Stream
+from regrow.core.method import Latent, Parts
+from regrow.core.topology import Topology
 from regrow.storage.masked import zero_outside
-from regrow.streams import Stream
-from regrow.topology import Topology
+from regrow.storage.state import add_beside, gradient_scale, has_scheduler, take_out
 
 LATENT = "latent"
 """The key of the latent values in a weight's state."""

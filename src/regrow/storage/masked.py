@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow import selection
-from regrow.optimizers import (
+from regrow.core import selection
+from regrow.core.draws import Stream
+from regrow.core.topology import Topology
+from regrow.storage.state import (
     SECOND_MOMENTS,
     forget_other_state,
     preserves_zeros,
     starting_moment,
     weight_shaped_state,
 )
-from regrow.streams import Stream
-from regrow.topology import Topology
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

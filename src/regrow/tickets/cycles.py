@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from regrow import drops
-from regrow.drops import lowest
-from regrow.growth import gradient, highest
-from regrow.method import Method, Need, Rule
-from regrow.schedules import constant
-from regrow.scores import magnitude
-from regrow.updates import chain, drop_and_grow, every
+from regrow.core.method import Method, Need, Rule
+from regrow.parts import drops
+from regrow.parts.drops import lowest
+from regrow.parts.growth import gradient, highest
+from regrow.parts.schedules import constant
+from regrow.parts.scores import magnitude
+from regrow.parts.updates import chain, drop_and_grow, every
 
 
 @dataclass(frozen=True)

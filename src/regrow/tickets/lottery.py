@@ -16,17 +16,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation import globally
-from regrow.drops import keep_highest
-from regrow.method import Allocation, Score
+from regrow.core.checks import require_density
+from regrow.core.draws import Stream
+from regrow.core.method import Allocation, Score
+from regrow.core.topology import Topology
+from regrow.engine.sparsifier import Sparsifier
 from regrow.nn import SparseModule, SparseMultiheadAttention
-from regrow.scores import magnitude
-from regrow.sparsifier import Sparsifier
-from regrow.streams import Stream
+from regrow.parts.allocation import globally
+from regrow.parts.drops import keep_highest
+from regrow.parts.scores import magnitude
 from regrow.tickets.snapshot import Snapshot, Stateful
 from regrow.tickets.ticket import parameters_of, require_topologies, rewire, topology_entries
-from regrow.topology import Topology
-from regrow.validation import require_density
 
 Part = Literal["optimizer", "schedule", "step", "buffers", "dense"]
 """What `rewind` may leave as it is."""

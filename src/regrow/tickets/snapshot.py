@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from regrow.sparsifier import Sparsifier
+from regrow.engine.sparsifier import Sparsifier
 from regrow.tickets.ticket import VERSION, require_version, topology_entries
 
 

@@ -13,14 +13,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from regrow.allocation import globally
-from regrow.method import Allocation
-from regrow.selection import is_finite
-from regrow.sparsifier import Sparsifier
+from regrow.core.checks import require_choice, require_density
+from regrow.core.method import Allocation
+from regrow.core.selection import is_finite
+from regrow.core.topology import Topology
+from regrow.core.weight import Sized, SparseWeight, Weights
+from regrow.engine.sparsifier import Sparsifier
+from regrow.parts.allocation import globally
 from regrow.tickets.ticket import VERSION, Ticket, installed, require_version
-from regrow.topology import Topology
-from regrow.validation import require_choice, require_density
-from regrow.weight import Sized, SparseWeight, Weights
 
 Average = Literal["caa", "cima"]
 """How tickets are averaged: all alike, or with the newest given a constant weight."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from regrow.discovery import canonical_names
+from regrow.core.names import canonical_names
+from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight
+from regrow.engine.sparsifier import Sparsifier
 from regrow.nn import SparseModule
 from regrow.nn.base import PERSISTENT
-from regrow.observers import mark_explored
-from regrow.sparsifier import Sparsifier
-from regrow.topology import Topology
-from regrow.weight import SparseWeight
+from regrow.parts.observers import mark_explored
 
 VERSION = 1
 

@@ -1,0 +1,224 @@
+"""What every part of the library may know of a sparsified weight, whatever its storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, overload
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow.core.draws import Stream
+from regrow.core.topology import Topology
+
+
+class SparseWeight(Protocol):
+    """One weight, or one block of a packed weight, some of whose entries are active.
+
+    Flat positions and the order of all (nnz,) tensors follow `topology.indices`.
+    """
+
+    name: str
+    """Canonical parameter name; blocks of a packed weight end in [0], [1], ..."""
+    shape: tuple[int, ...]
+    out_axis: int
+    in_axis: int
+    generator: Stream
+    """The draws of the current step."""
+    state: dict[str, Tensor]
+    """What observers keep, saved with the sparsifier."""
+
+    @property
+    def topology(self) -> Topology:
+        """What is active."""
+        ...
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether the last backward reached this weight."""
+        ...
+
+    def values(self) -> Tensor:
+        """Active values, (nnz,)."""
+        ...
+
+    def set_values(self, values: Tensor) -> None:
+        """Replace the active values by `values` (nnz,)."""
+        ...
+
+    def grads(self) -> Tensor:
+        """Gradients of the loss at the active entries, (nnz,)."""
+        ...
+
+    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The gradient of the loss at every position, as (first flat position, block (n,)) in ascending order."""
+        ...
+
+    def grads_at(self, positions: Tensor) -> Tensor:
+        """The gradient of the loss at ascending flat `positions` (n,), active or not, (n,), at the cost of these."""
+        ...
+
+    def rewire(self, topology: Topology) -> None:
+        """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
+        ...
+
+    def restore(self, topology: Topology) -> None:
+        """Take on a saved topology; values and optimizer state are already those that were saved with it."""
+        ...
+
+
+class StoredParameter(Protocol):
+    """What the sparsifier asks of a storage about one parameter, which holds one weight or several blocks."""
+
+    parameter: nn.Parameter
+    optimizer: Optimizer
+    keep_dense: bool
+    """Whether the coming backward passes keep the gradient at inactive positions too."""
+    fresh: bool
+    """Whether a backward reached the parameter since the last step began."""
+    reached: bool
+    """Whether a backward reached the parameter since the last step ended."""
+    holding: bool
+    """Whether what was set aside outlives the next backward, for an update that is still to come."""
+
+    @property
+    def weights(self) -> Sequence[SparseWeight]:
+        """The weights that it holds."""
+        ...
+
+    def require_free(self) -> None:
+        """Raise ValueError when something would keep `materialize` from doing its work."""
+        ...
+
+    def materialize(self, room: int, seed: int) -> None:
+        """Take the form in which values are stored, once the first topologies are known.
+
+        Args:
+            room: the most entries that the parameter will ever hold.
+            seed: of the values, where there are none yet.
+        """
+        ...
+
+    def mask_gradient(self) -> None:
+        """Leave the optimizer a gradient of active entries only."""
+        ...
+
+    def settle(self) -> None:
+        """Make what was set aside agree with the gradient as it is now: clipped, unscaled, or gone."""
+        ...
+
+    def set_aside(self) -> None:
+        """Keep what growth reads of the gradient until `release`."""
+        ...
+
+    def release(self) -> None:
+        """Forget what was set aside."""
+        ...
+
+    def use_scale(self, scale: float) -> None:
+        """Divide by `scale` whatever gradients are read."""
+        ...
+
+    def require_finite_gradient(self) -> None:
+        """Raise ValueError when the gradient that an update would read is not finite."""
+        ...
+
+    def project(self) -> None:
+        """Make sure that values are zero outside the topology."""
+        ...
+
+    def project_state(self) -> None:
+        """Make sure that optimizer state is zero outside the topology."""
+        ...
+
+    def stepping(self, step: int) -> None:
+        """The optimizer is about to take step number `step`."""
+        ...
+
+    def stepped(self) -> None:
+        """The optimizer has stepped."""
+        ...
+
+    def remove(self) -> None:
+        """Take hooks off the parameter."""
+        ...
+
+
+class Sized(Protocol):
+    """As much of a weight as an allocation from shapes alone may read."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def out_axis(self) -> int: ...
+    @property
+    def in_axis(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Weights(Sequence[SparseWeight]):
+    """The sparsified weights of one model in order, with the budget they share.
+
+    Args:
+        items: the weights.
+        outside_numel: entries that count in the budget without being among `items`.
+        outside_nnz: how many of those are active.
+    """
+
+    items: tuple[SparseWeight, ...]
+    outside_numel: int = 0
+    outside_nnz: int = 0
+
+    @overload
+    def __getitem__(self, index: int) -> SparseWeight: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SparseWeight]: ...
+    def __getitem__(self, index: int | slice) -> SparseWeight | Sequence[SparseWeight]:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def numel(self) -> int:
+        """Entries of all weights, active or not."""
+        return sum(w.topology.numel for w in self.items)
+
+    @property
+    def nnz(self) -> int:
+        """Active entries of all weights."""
+        return sum(w.topology.nnz for w in self.items)
+
+    def total(self, density: float) -> int:
+        """How many entries are active at `density`: floor(density (S + E) + 1/2) - A.
+
+        S entries belong to these weights; E (`outside_numel`) count in the budget besides, A (`outside_nnz`) of
+        them active. This is the one place where a density becomes a count.
+
+        Raises:
+            ValueError: when the entries outside alone exceed the budget.
+        """
+        budget = self.numel + self.outside_numel
+        total = math.floor(density * budget + 0.5) - self.outside_nnz
+        if total < 0:
+            raise ValueError(
+                f"density {density:g} of {budget:,} entries leaves no room beside the {self.outside_nnz:,} that stay "
+                f"active outside the {self.numel:,} sparsified ones: the least feasible density is "
+                f"{self.outside_nnz / budget:.6g}"
+            )
+        return min(total, self.numel)
+
+    def require(self, density: float | None) -> None:
+        """Raise ValueError when `density` is infeasible or leaves no entry active; None is left to an allocation."""
+        if density is not None and self.total(density) == 0:
+            budget = self.numel + self.outside_numel
+            raise ValueError(
+                f"density {density:g} of {budget:,} entries makes none of the {self.numel:,} sparsified ones active: "
+                f"the least density that does is {(self.outside_nnz + 1) / budget:.6g}"
+            )

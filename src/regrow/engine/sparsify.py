@@ -1,0 +1,143 @@
+"""The call: makes a model sparse and keeps it so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from regrow.core.checks import require_choice
+from regrow.core.method import Method
+from regrow.engine import claims
+from regrow.engine.discovery import Selector, find
+from regrow.engine.meta import on_meta_device
+from regrow.engine.optimizers import holder_of
+from regrow.engine.placement import (
+    Choice,
+    assign,
+    quarter_of_free_memory,
+    require_sparse,
+    stored,
+)
+from regrow.engine.probe import Loss
+from regrow.engine.race import contenders
+from regrow.engine.sparsifier import Sparsifier
+from regrow.nn import Init
+
+
+def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by its name
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    method: Method,
+    *,
+    storage: Choice = "masked",
+    example: Any = None,
+    skip: Selector | Sequence[Selector] = (),
+    only: Selector | Sequence[Selector] | None = None,
+    budget: Literal["sparsified", "model"] = "sparsified",
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    init: Init = "module",
+    allow_dense: bool = False,
+    update_memory: int | None = None,
+    seed: int = 0,
+) -> Sparsifier:
+    """Make `model` sparse and keep it so while `optimizer` trains it; the training loop stays as it is.
+
+    Call it last: after the optimizer is built, before the loop.
+
+    Args:
+        model: its parameters keep their identity, names and dtype.
+        optimizer: any `torch.optim.Optimizer`, or a sequence of them that together hold the weights.
+        method: a recipe of `regrow.methods`, or one composed of the same parts.
+        storage: "masked" keeps dense tensors that are zero outside their topology. "compressed" holds active values
+            only and runs on sparse kernels; the model's modules take their sparse form in place, and a model built
+            under `torch.device("meta")` never has a dense one. "auto" takes for each layer whichever runs a training
+            step faster on this machine, at the layer's own topology, and says so in the log `regrow`; on the meta
+            device it is compressed. A dict, name or glob -> storage, decides layer by layer, masked where none fits:
+            with `state_dict()["storages"]` a resumed run repeats what "auto" picked.
+        example: what "auto" measures with: an input of the model with the batch of training, a tensor, or a tuple or
+            dict of the model's arguments. The model runs on it once, without gradients, and is left as it was.
+        skip: what stays dense: parameter or module names, globs, module types, or predicates of (name, module).
+        only: what is sparsified at all; None means every weight of a known type.
+        budget: "sparsified": the density holds among the sparsified weights. "model": among these and the weights
+            that stay dense (never biases, norms, embeddings), so the sparsified ones get sparser.
+        batches: data from which a start that ranks gradients (SNIP) takes their mean at once; without it such a
+            start takes the place of the first optimizer step.
+        loss: (model, batch) -> scalar; required with `batches`.
+        init: "module" leaves first values as the modules draw them; "fan_in" scales them to the connections that each
+            output really has.
+        allow_dense: accept a method that makes compressed storage as large as dense for a while or for good.
+        update_memory: bytes of inputs and output gradients that compressed storage may keep in the step of an update;
+            None means a quarter of the memory that is free now.
+        seed: of every random draw; the same seed gives the same topologies on any rank, device or run.
+
+    Returns:
+        The `Sparsifier`, already hooked in.
+
+    Raises:
+        ValueError: nothing to sparsify, an infeasible budget, a weight in none or in two of the optimizers, an
+            option that does not apply or is missing, a weight or optimizer that another sparsifier works on.
+        TypeError: a method or an optimizer that is none.
+
+    Examples:
+        >>> from regrow import methods
+        >>> model = nn.Linear(20, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = sparsify(model, optimizer, methods.rigl(density=0.1, until=1000))
+        >>> sparsifier.nnz, int((model.weight != 0).sum())
+        (20, 20)
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as methods.static(density=0.1), got {method!r}")
+    require_choice("sparsify", "init", init, ("module", "fan_in"))
+    require_choice("sparsify", "budget", budget, ("sparsified", "model"))
+    _require_example_for_auto(storage, example)
+    optimizers = _as_list(optimizer)
+    found, excluded = find(model, skip, only)
+    outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
+    claims.require_free({id(f.parameter): f.name for f in found}, optimizers)
+    owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
+    has_batches, inputs = batches is not None, None
+    if storage == "auto" and not on_meta_device(model):
+        storages, inputs = contenders(
+            model, example, found, owners, method, has_batches=has_batches, allow_dense=allow_dense
+        )
+    else:
+        storages = assign("compressed" if storage == "auto" else storage, found)
+    if update_memory is not None and storage == "masked":
+        raise ValueError('update_memory= limits what storage="compressed" keeps: leave it out with storage="masked"')
+    if update_memory is not None and update_memory < 1:
+        raise ValueError(f"update_memory must be 1 byte or more, got {update_memory}")
+    compressed = [f for f, s in zip(found, storages, strict=True) if s == "compressed"]
+    require_sparse(method, compressed, has_batches, allow_dense)
+    with torch.no_grad():
+        limit = quarter_of_free_memory() if update_memory is None else update_memory
+        parameters = stored(found, owners, storages, limit, method)
+        sparsifier = Sparsifier(model, optimizers, method, parameters, excluded, outside, seed)
+        try:
+            sparsifier._begin(batches, loss, init, inputs)
+        except BaseException:
+            sparsifier.remove()
+            raise
+    return sparsifier
+
+
+def _require_example_for_auto(storage: Choice, example: Any) -> None:
+    if storage == "auto" and example is None:
+        raise ValueError(
+            'storage="auto" measures the layers on an input of the model: give one of the batch size of training as '
+            "example="
+        )
+    if storage != "auto" and example is not None:
+        raise ValueError(f'example= is what storage="auto" measures with, and storage is {storage!r}: leave it out')
+
+
+def _as_list(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    if not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or a sequence of them, got {optimizer!r}")
+    return optimizers

@@ -1,0 +1,310 @@
+"""How many entries each weight gets: exact integers that sum to the total.
+
+An allocation is called with the weights, their scores (None where there are none) and the total, and returns one
+count per weight, at most what is active there now. Uniform, ER and ERK read shapes; `globally` reads scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from regrow.core import selection
+from regrow.core.method import Allocation
+from regrow.core.names import matches
+from regrow.core.topology import Topology
+from regrow.core.weight import Sized, SparseWeight, Weights
+
+
+def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> list[int]:
+    """Integers proportional to `shares`, none above its `capacity`, that sum to exactly `total`.
+
+    What a full place cannot hold goes to the others in proportion; where all shares left are zero, in proportion
+    to capacity. Fractions become integers by largest remainder (then larger share, larger capacity, earlier).
+
+    Args:
+        shares: (n,) numbers >= 0.
+        total: what is given out, at most the sum of `capacity`.
+        capacity: (n,) integers >= 0.
+
+    Raises:
+        ValueError: for a share that is negative or not finite (named by its place), or a total that does not fit.
+
+    Examples:
+        >>> apportion([1, 1, 2], 10, [2, 100, 100])
+        [2, 3, 5]
+    """
+    for place, value in enumerate(shares):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"share number {place} of {len(shares)} is {value}: shares must be finite and at least 0")
+    if not 0 <= total <= sum(capacity):
+        raise ValueError(
+            f"{len(capacity)} weights hold at most {sum(capacity):,} entries, so {total:,} cannot be placed"
+        )
+    largest = max(shares, default=0.0) or 1.0
+    exact = _fill([s / largest for s in shares], total, capacity)
+    counts = [min(c, math.floor(x + 1e-9)) for x, c in zip(exact, capacity, strict=True)]
+    order = sorted(range(len(counts)), key=lambda i: (round(counts[i] - exact[i], 9), -shares[i], -capacity[i]))
+    while short := total - sum(counts):
+        for i in [i for i in order if counts[i] < capacity[i]][:short]:
+            counts[i] += 1
+    return counts
+
+
+def _fill(shares: list[float], total: int, capacity: Sequence[int]) -> list[float]:
+    """The real solution of sum(min(capacity, scale x shares)) = total; fsum keeps it free of order."""
+    open_ = list(range(len(shares)))
+    rest = total
+    while True:
+        weight = math.fsum(shares[i] for i in open_)
+        if weight == 0:
+            shares = [float(c) for c in capacity]
+            weight = math.fsum(shares[i] for i in open_) or 1.0
+        exact = {i: rest * (shares[i] / weight) for i in open_}
+        full = {i for i in open_ if exact[i] >= capacity[i]}
+        if not full:
+            return [exact.get(i, float(c)) for i, c in enumerate(capacity)]
+        open_ = [i for i in open_ if i not in full]
+        rest -= sum(capacity[i] for i in full)
+
+
+def proportional(share: Callable[[Sized], float]) -> Allocation:
+    """Counts proportional to `share(weight)`, capped at what each weight holds."""
+
+    def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        return apportion([share(w) for w in weights], _given(total), [w.topology.nnz for w in weights])
+
+    return allocate
+
+
+uniform: Allocation = proportional(lambda w: math.prod(w.shape))
+"""The same density everywhere. Source: Evci et al. 2020, Rigging the Lottery, section 3, (1)."""
+
+er: Allocation = proportional(lambda w: _er_density(w) * math.prod(w.shape))
+"""Erdos-Renyi: density proportional to (n_in + n_out) / (n_in n_out). Source: Mocanu et al. 2018, equation 1."""
+
+erk: Allocation = proportional(lambda w: float(sum(w.shape)))
+"""Erdos-Renyi-Kernel: density proportional to sum(shape) / prod(shape). Source: Evci et al. 2020, section 3, (1)."""
+
+
+def erk_power(power: float) -> Allocation:
+    """ERK with density proportional to (sum(shape) / prod(shape))^power: 1 is `erk`, 0 is `uniform`."""
+    return proportional(lambda w: math.prod(w.shape) * (sum(w.shape) / math.prod(w.shape)) ** power)
+
+
+def _er_density(weight: Sized) -> float:
+    n_out, n_in = weight.shape[weight.out_axis], weight.shape[weight.in_axis]
+    return (n_in + n_out) / (n_in * n_out)
+
+
+def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+    """Each weight's count among the `total` highest scores anywhere; equal scores go to the earlier weight.
+
+    Raises:
+        ValueError: without scores, as for a random start, or when one is NaN, naming the weight.
+    """
+    if scores is None:
+        raise ValueError("globally ranks scores, and a random start has none: allocate by uniform, er or erk")
+    for weight, score in zip(weights, scores, strict=True):
+        if bool(score.isnan().any()):
+            raise ValueError(
+                f"{weight.name}: {int(score.isnan().sum()):,} of {score.numel():,} scores are NaN: training "
+                "has diverged"
+            )
+    pooled = torch.cat([s.to(scores[0].device) for s in scores])
+    chosen = selection.highest(pooled, _given(total))
+    ends = torch.tensor([s.numel() for s in scores]).cumsum(0)
+    upto = torch.searchsorted(chosen, ends.to(chosen.device)).tolist()
+    return [after - before for before, after in zip([0, *upto[:-1]], upto, strict=True)]
+
+
+def at_least(minimum: int, allocate: Allocation) -> Allocation:
+    """`allocate`, except that no weight gets less than `minimum` entries (or all it holds): no layer collapses."""
+
+    def floors(weights: Sequence[Sized]) -> list[int]:
+        return [minimum] * len(weights)
+
+    return _with_floors(f"at_least({minimum})", floors, allocate)
+
+
+def last_at_least(density: float, layer: str | None, allocate: Allocation) -> Allocation:
+    """`allocate`, except that one layer, commonly the last, never falls below `density` (or all it holds).
+
+    With `uniform` and density d overall, the others get the density (d N - density n) / (N - n) as soon as d falls
+    below `density`, with n entries in that layer and N in all.
+
+    Args:
+        density: the least density of that layer, in [0, 1].
+        layer: a glob of its weight's or module's name; every weight that matches is a layer of its own. None is the
+            last parameter.
+        allocate: shares the total, and what remains of it among the others.
+
+    Raises:
+        ValueError: when `density` lies outside [0, 1]; from the allocation, for a glob that matches nothing, or a
+            total that leaves nothing for the others.
+
+    Source: Gale et al. 2019, The State of Sparsity in Deep Neural Networks, section 5.2, as the code of Liu et al.
+    2021, Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, has it for any density of the others.
+
+    Examples:
+        >>> shapes = {"conv": (10, 1000), "fc": (10, 100)}
+        >>> counts(last_at_least(0.2, None, uniform), shapes, 0.1)
+        {'conv': 900, 'fc': 200}
+        >>> counts(last_at_least(0.2, None, uniform), shapes, 0.5)
+        {'conv': 5000, 'fc': 500}
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"last_at_least: the density of the last layer must lie in [0, 1], got {density:g}")
+
+    def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        # Decided before any weight is held: among the remaining ones another would be the last.
+        held = {weights[i].name for i in _layer(layer, weights)}
+        require_last(density, layer, weights, _given(total))
+
+        def floors(those: Sequence[Sized]) -> list[int]:
+            return [_count(w, density) if w.name in held else 0 for w in those]
+
+        return _with_floors(f"last_at_least({density:g})", floors, allocate)(weights, scores, total)
+
+    return guarded
+
+
+def require_last(density: float, layer: str | None, weights: Sequence[Sized], total: int) -> None:
+    """Raise ValueError when `last_at_least` can find no layer, or can leave no entry of `total` to the others."""
+    held = _layer(layer, weights)
+    floor = sum(_count(weights[i], density) for i in held)
+    others = len(held) < len(weights)
+    if floor > total or (others and floor == total):
+        raise ValueError(
+            f"last_at_least: density {density:g} of {', '.join(weights[i].name for i in held)} makes {floor:,} entries "
+            f"of {total:,} in all{', which leaves none for the others' if others else ''}: lower it, or raise the "
+            "overall density"
+        )
+
+
+def _layer(pattern: str | None, weights: Sequence[Sized]) -> list[int]:
+    """The places of the weights that a glob matches, or of the last parameter's."""
+    if not weights:
+        return []
+    if pattern is None:
+        last = weights[-1].name.partition("[")[0]
+        return [i for i, w in enumerate(weights) if w.name.partition("[")[0] == last]
+    found = [i for i, w in enumerate(weights) if matches(pattern, w.name)]
+    if not found:
+        raise ValueError(f"last_at_least: {pattern!r} matches none of the weights {', '.join(w.name for w in weights)}")
+    return found
+
+
+def _with_floors(name: str, floors: Callable[[Sequence[Sized]], Sequence[int]], allocate: Allocation) -> Allocation:
+    """`allocate`, except that no weight gets less than its floor (or all it holds)."""
+
+    def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        least = [min(n, w.topology.nnz) for n, w in zip(floors(weights), weights, strict=True)]
+        held: dict[int, int] = {}
+        while True:
+            rest = [i for i in range(len(weights)) if i not in held]
+            left = _given(total) - sum(held.values())
+            if left < 0:
+                raise ValueError(f"{name}: {_given(total):,} entries are too few for {len(weights)} weights")
+            counts = allocate([weights[i] for i in rest], scores and [scores[i] for i in rest], left) if rest else []
+            given = dict(zip(rest, counts, strict=True))
+            short = {i: least[i] for i in rest if given[i] < least[i]}
+            if not short:
+                return [{**held, **given}[i] for i in range(len(weights))]
+            held |= short
+
+    return guarded
+
+
+def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> Allocation:
+    """Weights that match a glob get that density; `rest` shares what remains of the total among the others.
+
+    Args:
+        densities: glob -> density in [0, 1]; a glob is matched with the weight's name and with its module's. The
+            first match counts.
+        rest: the allocation of the weights that no glob matches; None makes such a weight an error.
+
+    Raises:
+        ValueError: from the allocation, for a glob that matches nothing, a weight without density, or a total that
+            the given densities exceed (or, where they cover every weight, contradict).
+
+    Examples:
+        >>> shapes = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
+        >>> counts(explicit({"fc1": 0.02, "fc3": 1.0}, rest=uniform), shapes, 0.05)
+        {'fc1': 4704, 'fc2': 7606, 'fc3': 1000}
+    """
+    for pattern, density in densities.items():
+        if not 0 <= density <= 1:
+            raise ValueError(f"explicit: the density of {pattern!r} must lie in [0, 1], got {density:g}")
+
+    def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        given = {i: _count(w, d) for i, w in enumerate(weights) if (d := _density_of(w.name, densities)) is not None}
+        _require_matches(densities, weights)
+        others = [i for i in range(len(weights)) if i not in given]
+        held = sum(given.values())
+        if others and rest is None:
+            raise ValueError(
+                f"explicit: no density for {', '.join(weights[i].name for i in others)}: add globs, or rest="
+            )
+        excess = 0 if total is None else held - total if others else abs(held - total) - len(weights)
+        if excess > 0:
+            raise ValueError(
+                f"explicit: the given densities make {held:,} active entries, the density asks for {total:,}: "
+                "change one, or leave the density out (None)"
+            )
+        if others and rest is not None:
+            chosen = rest([weights[i] for i in others], scores and [scores[i] for i in others], _given(total) - held)
+            given |= dict(zip(others, chosen, strict=True))
+        return [given[i] for i in range(len(weights))]
+
+    return allocate
+
+
+def _density_of(name: str, densities: Mapping[str, float]) -> float | None:
+    return next((d for pattern, d in densities.items() if matches(pattern, name)), None)
+
+
+def _count(weight: Sized, density: float) -> int:
+    return min(weight.topology.nnz, math.floor(density * math.prod(weight.shape) + 0.5))
+
+
+def _require_matches(densities: Mapping[str, float], weights: Sequence[Sized]) -> None:
+    for pattern in densities:
+        if not any(matches(pattern, w.name) for w in weights):
+            raise ValueError(f"explicit: {pattern!r} matches none of the weights {', '.join(w.name for w in weights)}")
+
+
+def counts(allocate: Allocation, shapes: Mapping[str, tuple[int, ...]], density: float | None) -> dict[str, int]:
+    """How many entries `allocate` gives to each of `shapes` at an overall `density`; no model needed.
+
+    Shapes are read as (out, in, ...). Density None leaves it to an `explicit` allocation.
+
+    Examples:
+        >>> counts(erk, {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}, 0.02)
+        {'fc1': 3621, 'fc2': 1336, 'fc3': 367}
+    """
+    weights = [Shaped(name, tuple(shape), Topology(tuple(shape))) for name, shape in shapes.items()]
+    total = None if density is None else Weights(cast("tuple[SparseWeight, ...]", tuple(weights))).total(density)
+    return dict(zip(shapes, allocate(weights, None, total), strict=True))
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A weight of which only name and shape are known; every entry is active."""
+
+    name: str
+    shape: tuple[int, ...]
+    topology: Topology
+    out_axis: int = 0
+    in_axis: int = 1
+
+
+def _given(total: int | None) -> int:
+    if total is None:
+        raise ValueError("this allocation shares out a total: give a density, or an explicit density for every weight")
+    return total

@@ -1,0 +1,168 @@
+"""What stays when every weight loses a fraction of its active entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regrow.core.method import Drop, Score
+from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight
+from regrow.parts.allocation import at_least, globally
+
+
+def keep_highest(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+    """The `count` active entries of highest `score` (nnz,).
+
+    Raises:
+        ValueError: when a score is NaN, naming the weight.
+    """
+    try:
+        return weight.topology.keep(score, count)
+    except ValueError as error:
+        raise ValueError(f"{weight.name}: {error}") from None
+
+
+def lowest(score: Score) -> Drop:
+    """Drop the floor(fraction nnz) entries of lowest `score` from every weight; ties drop the higher position.
+
+    Source: Evci et al. 2020, Rigging the Lottery, Algorithm 1, line "TopK(|theta|, ...)".
+    """
+
+    def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+        kept = [w.topology.nnz - share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True)]
+        return [
+            keep_highest(w, score(w), n) if n < w.topology.nnz else w.topology
+            for w, n in zip(weights, kept, strict=True)
+        ]
+
+    return drop
+
+
+def lowest_globally(score: Score) -> Drop:
+    """Drop the entries of lowest `score` anywhere, in all as many as if every weight lost floor(fraction nnz).
+
+    Equal scores stay in the earlier weight, and in it at the lower position. A weight that would be left without any
+    entry keeps its highest one, and another goes elsewhere. A weight whose fraction is 0 loses nothing.
+
+    Raises:
+        ValueError: from the drop, where so many would go that a weight must be left empty.
+
+    Source: the drop "global_magnitude" of the code of Dettmers and Zettlemoyer 2019, which finds its threshold by trial
+    to within 2 %; here the count is exact.
+    """
+
+    def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+        gone = [share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True)]
+        places = [i for i, f in enumerate(fractions) if f > 0 and weights[i].topology.nnz]
+        among = [weights[i] for i in places]
+        held = sum(w.topology.nnz for w in among)
+        if sum(gone) == 0:
+            return [w.topology for w in weights]
+        if held - sum(gone) < len(among):
+            raise ValueError(
+                f"dropping {sum(gone):,} of {held:,} active entries by one threshold would leave some of {len(among)} "
+                f"weights empty: at most {held - len(among):,} can go, lower the drop fraction"
+            )
+        scores = [score(w) for w in among]
+        counts = at_least(1, globally)(among, scores, held - sum(gone))
+        kept = [w.topology for w in weights]
+        for i, s, n in zip(places, scores, counts, strict=True):
+            kept[i] = keep_highest(weights[i], s, n)
+        return kept
+
+    return drop
+
+
+def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
+    """Drop all and only the entries with |w| <= tau, one tau for the network, which follows what is asked for.
+
+    How many are dropped is what tau says; `drop_and_grow` grows as many. Where fewer than (1 - tolerance) of the
+    expected sum of floor(fraction nnz) went, tau is doubled for the next time, where more than (1 + tolerance), halved.
+    A weight keeps its largest entry at least. One whose fraction is 0 loses nothing and is expected to lose nothing.
+
+    tau lies in state "threshold" of every weight, float64 (2,), beside how often it was used.
+
+    Args:
+        first: tau at the first drop, above 0.
+        tolerance: how far off a count may be, in [0, 1).
+
+    Raises:
+        ValueError: when an argument lies outside its range; from the drop, when a value is NaN, naming the weight.
+
+    Source: Mostafa and Wang 2019, Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
+    Reparameterization, Algorithm 1 and section 3; the drop "threshold" of the code of Dettmers and Zettlemoyer 2019,
+    which scales what grows by expected over dropped and so changes the number of entries.
+    """
+    if not 0 < first < math.inf or not 0 <= tolerance < 1:
+        raise ValueError(
+            f"adaptive_threshold: the first threshold must lie above 0 and the tolerance in [0, 1), got {first:g} "
+            f"and {tolerance:g}"
+        )
+
+    def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+        expected = sum(share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True))
+        if not any(fractions):
+            return [w.topology for w in weights]
+        # A weight that no gradient reached at the last update did not see tau change.
+        tau, uses = max((_threshold(w, first) for w in weights), key=lambda pair: pair[1])
+        kept = [_above(w, tau) if f > 0 else w.topology for w, f in zip(weights, fractions, strict=True)]
+        dropped = sum(w.topology.nnz - k.nnz for w, k in zip(weights, kept, strict=True))
+        if dropped < (1 - tolerance) * expected:
+            tau = min(2 * tau, _LARGEST)
+        elif dropped > (1 + tolerance) * expected:
+            tau = max(tau / 2, 1 / _LARGEST)
+        for weight in weights:
+            weight.state["threshold"] = torch.tensor([tau, uses + 1], dtype=torch.float64)
+        return kept
+
+    return drop
+
+
+_LARGEST = 2.0**100
+"""What a threshold stays below, so that it finds its way back."""
+
+
+def _threshold(weight: SparseWeight, first: float) -> tuple[float, float]:
+    tau, uses = weight.state["threshold"].tolist() if "threshold" in weight.state else (first, 0.0)
+    return tau, uses
+
+
+def _above(weight: SparseWeight, tau: float) -> Topology:
+    score = weight.values().abs().double()
+    count = int((score > tau).sum())
+    return keep_highest(weight, score, max(count, min(1, weight.topology.nnz)))
+
+
+def lowest_per_sign(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+    """Drop the smallest positive and the largest negative values: ceil(fraction n) of each sign, and every zero.
+
+    Source: Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse connectivity
+    inspired by network science, Algorithm 1 and its published code. A weight of which the fraction is 0 keeps
+    its zeros here, so that a fraction of 0 changes nothing.
+    """
+    return [_per_sign(w, f) for w, f in zip(weights, fractions, strict=True)]
+
+
+def _per_sign(weight: SparseWeight, fraction: float) -> Topology:
+    if fraction == 0:
+        return weight.topology
+    values = weight.values()
+    if bool(values.isnan().any()):
+        raise ValueError(f"{weight.name}: {int(values.isnan().sum()):,} of {values.numel():,} values are NaN: diverged")
+    indices = weight.topology.indices.to(values.device)
+    kept = []
+    for of_sign in (values > 0, values < 0):
+        count = int(of_sign.sum())
+        chosen = Topology(weight.shape, indices[of_sign])
+        kept.append(chosen.keep(values[of_sign].abs(), count - min(count, math.ceil(fraction * count - 1e-9))).indices)
+    return Topology(weight.shape, torch.cat(kept).sort().values)
+
+
+def share(fraction: float, nnz: int) -> int:
+    """floor(fraction nnz), forgiving the representation error of products like 0.29 x 100: 1e-9, or 4 ulp if more."""
+    exact = fraction * nnz
+    return min(nnz, math.floor(exact + max(1e-9, 4 * math.ulp(exact))))

@@ -1,0 +1,312 @@
+"""Where new entries appear: growths, and the fields that they rank.
+
+A method that takes a growth as an option learns from `needs_of` what it must be given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.core import selection
+from regrow.core.method import Field, Growth, Need
+from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight
+from regrow.parts import drops
+from regrow.parts.allocation import apportion
+from regrow.parts.observers import momentum_of
+
+
+def gradient(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
+    """The gradient of the loss at every position, inactive ones included; a `Field`.
+
+    Source: Evci et al. 2020, Rigging the Lottery, section 3, (4) Grow criterion.
+    """
+    return weight.grad_blocks()
+
+
+def momentum(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
+    """The running mean of gradients that `observers.momentum` keeps at every position; a `Field`.
+
+    Source: Dettmers and Zettlemoyer 2019, Sparse Networks from Scratch, section 3.
+    """
+    yield 0, momentum_of(weight)
+
+
+def at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+    """Positions drawn uniformly among those outside `taken`, in O(count + nnz); a `Growth`.
+
+    Source: Mocanu et al. 2018, Algorithm 1.
+    """
+    ranks = torch.from_numpy(weight.generator.subset(taken.numel - taken.nnz, count))
+    return taken.inactive(ranks)
+
+
+def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+    """Positions drawn uniformly among those never active, and only then among the others; a `Growth`.
+
+    Where fewer than `count` are left that were never active, all of them grow, and the rest is drawn uniformly among
+    the others outside `taken`. What was dropped a moment ago was active, so it counts among the others.
+
+    Raises:
+        ValueError: when the method keeps no record of explored positions, naming the weight.
+
+    Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, its code's growth "random_unfired".
+    There the rest is drawn entry by entry, so that the count is right on average only.
+    """
+    if "explored" not in weight.state:
+        raise ValueError(
+            f"{weight.name} has no record of explored positions: add Need.EXPLORED to the needs of the method"
+        )
+    fresh = ~weight.state["explored"]
+    fresh[taken.indices.to(fresh.device)] = False
+    positions = fresh.nonzero().view(-1)
+    ranks = weight.generator.subset(positions.numel(), min(count, positions.numel()))
+    chosen = positions[torch.from_numpy(ranks).to(positions.device)]
+    if chosen.numel() == count:
+        return chosen
+    others = at_random(weight, taken.add(chosen), count - chosen.numel())
+    return torch.cat([chosen, others.to(chosen.device)])
+
+
+READS: dict[Any, Need] = {
+    gradient: Need.GRADIENT,
+    momentum: Need.EVERY_GRADIENT,
+    at_random: Need.NOTHING,
+    unexplored_first: Need.EXPLORED,
+}
+"""What fields and growths that are plain functions read; `momentum` also needs its observer."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A growth made from others, or from fields, with what it `needs`."""
+
+    place: Growth
+    needs: Need
+
+    def __call__(self, weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        """Positions outside `taken`, (count,)."""
+        return self.place(weight, taken, count)
+
+
+def needs_of(grow: Growth) -> Need:
+    """What a method that grows by `grow` must be given.
+
+    `EVERY_GRADIENT` says that an observer must keep the running mean that is read. A function that is not in `READS`
+    is taken to read nothing; wrap it in `Reading` to say otherwise.
+
+    Examples:
+        >>> needs_of(mixed(highest(gradient), unexplored_first, 0.5))
+        <Need.GRADIENT|EXPLORED: 5>
+    """
+    return grow.needs if isinstance(grow, Reading) else READS.get(grow, Need.NOTHING)
+
+
+def needs_unobserved(method: str, grow: Growth) -> Need:
+    """`needs_of` for a `method` that observes nothing.
+
+    Raises:
+        ValueError: when `grow` reads what an observer keeps.
+    """
+    needs = needs_of(grow)
+    if Need.EVERY_GRADIENT in needs:
+        raise ValueError(
+            f"{method}: this growth reads a running mean of gradients, which {method} does not keep: grow by the "
+            "gradient or at random, or compose a method with observe=observers.momentum(decay) as snfs does"
+        )
+    return needs
+
+
+def highest(field: Field) -> Growth:
+    """Grow where |field| is highest outside the taken topology; equal values go to the lower position.
+
+    The field is consumed block by block with a running selection, so that no more than a block and the `count`
+    best positions are ever held.
+
+    Raises:
+        ValueError: from the growth, when the field is not finite, naming the weight.
+
+    Source: Evci et al. 2020, Rigging the Lottery, section 3, and its remark on an online top-k in appendix H.
+    """
+
+    def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        _require_room(weight, taken, count)
+        pool = _Pool(count)
+        for first, score in _scores(weight, field):
+            pool.offer(first, _outside(score, first, taken))
+        return pool.best()
+
+    return Reading(grow, _needs_of_field(field))
+
+
+def highest_per_neuron(field: Field) -> Growth:
+    """Share the new entries among the output neurons in proportion to their mean |field|; in each, grow the highest.
+
+    The mean is over all entries of a neuron, active or not. A neuron gets no more than it has room for; the others
+    share what it cannot hold. Equal values go to the lower position. The field is read twice, block by block.
+
+    Raises:
+        ValueError: from the growth, when the field is not finite, naming the weight.
+
+    Source: Dettmers and Zettlemoyer 2019, Sparse Networks from Scratch, its code's growth "momentum_neuron". There
+    quotas are rounded down, cut off at what is free and skipped below 10, so that entries are lost; here the total is
+    exact.
+    """
+
+    def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        _require_room(weight, taken, count)
+        neuron, neurons = _neuron_of(weight), weight.shape[weight.out_axis]
+        # On the CPU and in order, so that every rank and run has the same sums.
+        sums = torch.zeros(neurons, dtype=torch.float64)
+        for first, score in _scores(weight, field):
+            at = neuron(torch.arange(first, first + score.numel()))
+            sums += torch.bincount(at, score.double().cpu(), minlength=neurons)
+        size = weight.topology.numel // neurons
+        free = size - torch.bincount(neuron(taken.indices.cpu()), minlength=neurons)
+        quota = torch.tensor(apportion((sums / size).tolist(), count, free.tolist()))
+        best = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        for first, score in _scores(weight, field):
+            outside = _outside(score, first, taken).cpu()
+            at = (outside >= 0).nonzero().view(-1)
+            positions = torch.cat([best[0], at + first])
+            scores = torch.cat([best[1].to(outside.dtype), outside[at]])
+            chosen = _highest_of_each(neuron(positions), scores, quota)
+            best = positions[chosen], scores[chosen]
+        return best[0]
+
+    return Reading(grow, _needs_of_field(field))
+
+
+def mixed(first: Growth, second: Growth, share: float) -> Growth:
+    """floor(share count) positions by `first`, the rest by `second` outside of what the first took.
+
+    Args:
+        first: places its part as if alone.
+        second: places what is left.
+        share: of the first, in [0, 1].
+
+    Raises:
+        ValueError: when `share` lies outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"mixed: the first growth's share must lie in [0, 1], got {share:g}")
+
+    def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        some = drops.share(share, count)
+        if some == 0:
+            return second(weight, taken, count)
+        positions = first(weight, taken, some)
+        if some == count:
+            return positions
+        others = second(weight, taken.add(positions), count - some)
+        return torch.cat([positions, others.to(positions.device)])
+
+    return Reading(grow, needs_of(first) | needs_of(second))
+
+
+def _needs_of_field(field: Field) -> Need:
+    """A field of someone's own is taken to read the gradient."""
+    return READS.get(field, Need.GRADIENT)
+
+
+def _require_room(weight: SparseWeight, taken: Topology, count: int) -> None:
+    free = taken.numel - taken.nnz
+    if free < count:
+        raise ValueError(f"{weight.name}: cannot grow {count:,} entries, only {free:,} are free")
+
+
+def _scores(weight: SparseWeight, field: Field) -> Iterator[tuple[int, Tensor]]:
+    """|field| in float32 or wider, block by block; not finite is an error that names the weight."""
+    for first, values in field(weight):
+        score = values.abs() if values.dtype == torch.float64 else values.abs().float()
+        if not selection.is_finite(score):
+            bad = int((~score.isfinite()).sum())
+            raise ValueError(
+                f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the "
+                "learning rate, or skip such steps with a gradient scaler"
+            )
+        yield first, score
+
+
+def _neuron_of(weight: SparseWeight) -> Callable[[Tensor], Tensor]:
+    """Flat positions (n,) -> the output neuron of each (n,)."""
+    stride, neurons = math.prod(weight.shape[weight.out_axis + 1 :]), weight.shape[weight.out_axis]
+    return lambda positions: positions // stride % neurons
+
+
+def _highest_of_each(group: Tensor, score: Tensor, quota: Tensor) -> Tensor:
+    """Ranks of the quota[g] highest scores in each group g, ascending; equal scores go to the lower rank.
+
+    Args:
+        group: (n,) int64 in [0, groups).
+        score: (n,).
+        quota: (groups,) int64.
+    """
+    order = score.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    ordered = group[order]
+    place = torch.arange(ordered.numel()) - torch.searchsorted(ordered, ordered)
+    return order[place < quota[ordered]].sort().values
+
+
+class _Pool:
+    """A running selection of the `count` highest scores; equal scores go to the lower position."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.floor = -1.0
+        """What a score must exceed; all that were offered before and are no longer held are at most this."""
+        self.positions: list[Tensor] = []
+        self.scores: list[Tensor] = []
+
+    def offer(self, first: int, score: Tensor) -> None:
+        """Consider `score` (n,) of the positions from `first` on; blocks come in ascending order."""
+        at = (score > self.floor).nonzero().view(-1)
+        if at.numel() > self.count:
+            at = at[selection.highest(score[at], self.count)]
+        self.positions.append(at + first)
+        self.scores.append(score[at])
+        held = sum(s.numel() for s in self.scores)
+        # Selecting anew at every block would cost more than the blocks where these are small.
+        if held >= self.count * (1.5 if self.floor >= 0 else 1):
+            self._select()
+
+    def _select(self) -> None:
+        positions, scores = torch.cat(self.positions), torch.cat(self.scores)
+        if scores.numel() >= self.count:
+            chosen = selection.highest(scores, self.count)
+            positions, scores = positions[chosen], scores[chosen]
+            self.floor = float(scores.min()) if self.count else math.inf
+        self.positions, self.scores = [positions], [scores]
+
+    def best(self) -> Tensor:
+        """Positions of the highest scores, ascending, (count,) or fewer where fewer were offered."""
+        if not self.positions:
+            return torch.empty(0, dtype=torch.int64)
+        self._select()
+        return self.positions[0]
+
+
+def _outside(score: Tensor, first: int, taken: Topology) -> Tensor:
+    """`score` with -1 at taken positions: below any absolute value."""
+    score[(taken.between(first, first + score.numel()) - first).to(score.device)] = -1.0
+    return score
+
+
+by_gradient: Growth = highest(gradient)
+"""Grow where the gradient is largest."""
+
+by_momentum: Growth = highest(momentum)
+"""Grow where the running mean of gradients is largest."""
+
+by_momentum_per_neuron: Growth = highest_per_neuron(momentum)
+"""Grow in neurons with large running means of gradients, where these are largest."""
+
+half_by_gradient: Growth = mixed(by_gradient, at_random, 0.5)
+"""Grow half of the entries where the gradient is largest, the others at random."""

@@ -1,0 +1,272 @@
+"""How the first topologies are made: dense, at random from shapes alone, from scores, or from a trained model.
+
+A start is a value: `methods.rigl(0.1, until=1000)._replace(start=prune_global(0.1))` begins where training left off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from regrow.core.checks import require_density, require_fraction
+from regrow.core.method import Allocation, Probe, Score, Start, Structure
+from regrow.core.topology import Topology, fan_in_scale
+from regrow.core.weight import SparseWeight, Weights
+from regrow.parts.allocation import globally, uniform
+from regrow.parts.drops import share
+from regrow.parts.growth import gradient
+from regrow.parts.scores import magnitude
+from regrow.parts.structures import rows, unstructured
+from regrow.parts.updates import everywhere, prune_to, rewire
+
+
+def dense() -> Start:
+    """Every entry is active."""
+    return Start(lambda weights, probe: None)
+
+
+def random_topology(density: float | None, allocate: Allocation, structure: Structure | None = None) -> Start:
+    """Uniformly random positions with exact counts, sampled in O(nnz) from shapes alone.
+
+    Density None leaves the counts to an `explicit` allocation. A `structure` gets a random score of every position,
+    at O(numel) for one weight at a time.
+
+    Source: Mocanu et al. 2018, equation 1, with exact counts where the published code draws every entry by itself.
+    """
+
+    def drawn(weight: SparseWeight, count: int) -> Topology:
+        if count == weight.topology.numel:
+            return Topology(weight.shape)
+        if structure is not None:
+            return structure(weight, torch.from_numpy(weight.generator.uniform(weight.topology.numel)), count)
+        return Topology(weight.shape, torch.from_numpy(weight.generator.subset(weight.topology.numel, count)))
+
+    def make(weights: Weights, probe: Probe) -> None:
+        total = None if density is None else weights.total(density)
+        counts = allocate(weights, None, total)
+        rewire(weights, [drawn(w, n) for w, n in zip(weights, counts, strict=True)])
+
+    return Start(make, require=lambda weights: weights.require(density))
+
+
+def given(topologies: Mapping[str, Topology]) -> Start:
+    """These topologies, with the values that the model has: a mask without the weights it was found with.
+
+    Args:
+        topologies: of every weight by its canonical name, as `Sparsifier.topologies` has them.
+
+    Raises:
+        ValueError: from the start, for names or shapes that are not those of the model.
+
+    Source: Frankle and Carbin 2019, The Lottery Ticket Hypothesis, section 2 (its controls transfer the mask alone).
+    """
+
+    def require(weights: Weights) -> None:
+        shapes = {w.name: w.shape for w in weights}
+        missing, unknown = [n for n in shapes if n not in topologies], [n for n in topologies if n not in shapes]
+        if missing or unknown:
+            raise ValueError(
+                f"given: of {len(shapes)} weights {len(missing)} have no topology ({', '.join(missing[:3]) or 'none'}) "
+                f"and {len(unknown)} topologies no weight ({', '.join(unknown[:3]) or 'none'}): sparsify the same "
+                "parts of the same model, with the same skip= and only="
+            )
+        for name, shape in shapes.items():
+            if topologies[name].shape != shape:
+                raise ValueError(f"given: {name} has shape {shape}, and its topology {topologies[name].shape}")
+
+    def make(weights: Weights, probe: Probe) -> None:
+        rewire(weights, [topologies[w.name] for w in weights])
+
+    return Start(make, require=require)
+
+
+def by_score(
+    density: float | None,
+    score: Score,
+    allocate: Allocation,
+    *,
+    needs_gradient: bool = False,
+    structure: Structure | None = None,
+) -> Start:
+    """The entries of highest `score` within the counts of `allocate`, in patterns of a `structure` if there is one."""
+
+    def make(weights: Weights, probe: Probe) -> None:
+        prune_to(weights, None if density is None else weights.total(density), score, allocate, structure)
+
+    return Start(make, needs_gradient, lambda weights: weights.require(density))
+
+
+def prune_uniform(density: float) -> Start:
+    """The largest magnitudes of a trained model, at the same density in every weight.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1].
+
+    Source: Han et al. 2015, Learning both Weights and Connections, section 3, in one shot; Liu et al. 2021, Sparse
+    Training via Boosting Pruning Plasticity with Neuroregeneration, section 3. Counts are exact where the latter's
+    code keeps a fraction of what is not zero, and ties go to the lower position.
+    """
+    return _pruned("prune_uniform", density, uniform)
+
+
+def prune_global(density: float) -> Start:
+    """The largest magnitudes of a trained model, wherever they are.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1].
+
+    Source: as `prune_uniform`. Exactly so many stay, where the code's threshold keeps ties, and all of a model whose
+    threshold is zero.
+    """
+    return _pruned("prune_global", density, globally)
+
+
+def prune_structured(density: float, last: Structure = unstructured) -> Start:
+    """Whole outputs of a trained model: neurons or filters of largest mean magnitude, as many in every weight.
+
+    Counts are those nearest to the density that whole outputs have. The last weight keeps every output, since one
+    without inputs would be a class that is never predicted; it loses its smallest magnitudes.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1].
+        last: the structure of the last weight in module order; `rows` takes whole outputs there too.
+
+    Source: Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3; Liu et al. 2021, Neuroregeneration,
+    section 3. Inputs that an output fed are left to training, which moves them no more.
+    """
+    return _pruned("prune_structured", density, uniform, rows, last)
+
+
+def prune_and_grow_uniform(density: float, fraction: float = 0.5) -> Start:
+    """`prune_uniform`, of which a fraction is given up at once for the largest gradients.
+
+    In each weight the floor(fraction nnz) smallest of the magnitudes that were kept go, and as many positions outside
+    the rest become active where |g| of the whole trained model is largest, what was just given up included. These
+    begin at zero, with the optimizer's state at zero too.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1].
+        fraction: the share that is given up, in [0, 1].
+
+    Source: Liu et al. 2021, Neuroregeneration, section 3. Here the gradient is asked for by the start itself: the
+    code expects it from a caller that never gives it. It is that of the model before pruning, and the total is what
+    `density` says, where the code grows all that it pruned.
+    """
+    return _pruned_and_grown("prune_and_grow_uniform", density, fraction, uniform)
+
+
+def prune_and_grow_global(density: float, fraction: float = 0.5) -> Start:
+    """`prune_global`, of which a fraction is given up at once for the largest gradients, in every weight by itself.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1].
+        fraction: the share that is given up, in [0, 1].
+
+    Source: as `prune_and_grow_uniform`.
+    """
+    return _pruned_and_grown("prune_and_grow_global", density, fraction, globally)
+
+
+def prune_and_grow_structured(density: float, fraction: float = 0.5, last: Structure = unstructured) -> Start:
+    """`prune_structured`, of which a fraction of the outputs is given up for those of largest mean |g|.
+
+    Args:
+        density: active share of the sparsified entries, in (0, 1].
+        fraction: the share that is given up, in [0, 1], to the nearest whole output.
+        last: the structure of the last weight in module order, as for `prune_structured`.
+
+    Source: as `prune_and_grow_uniform`; the code accepts the name and makes nothing sparse.
+    """
+    return _pruned_and_grown("prune_and_grow_structured", density, fraction, uniform, rows, last)
+
+
+def _pruned(
+    name: str,
+    density: float,
+    allocate: Allocation,
+    structure: Structure = unstructured,
+    last: Structure = unstructured,
+) -> Start:
+    require_density(name, density)
+
+    def make(weights: Weights, probe: Probe) -> None:
+        rewire(weights, _largest(weights, density, allocate, structure, last))
+
+    return Start(make, require=lambda weights: _require_trained(name, weights, density))
+
+
+def _pruned_and_grown(
+    name: str,
+    density: float,
+    fraction: float,
+    allocate: Allocation,
+    structure: Structure = unstructured,
+    last: Structure = unstructured,
+) -> Start:
+    require_density(name, density)
+    require_fraction(name, fraction)
+
+    def make(weights: Weights, probe: Probe) -> None:
+        kept, grown = [], []
+        pruned = _largest(weights, density, allocate, structure, last)
+        for weight, topology, pattern in zip(weights, pruned, _patterns(weights, structure, last), strict=True):
+            stays = topology.nnz - share(fraction, topology.nnz)
+            score = everywhere(weight, magnitude(weight))
+            rest = pattern(weight, score, stays) if stays else Topology(weight.shape, _no_positions())
+            kept.append(rest)
+            grown.append(_grown(weight, rest, topology.nnz - rest.nnz, pattern))
+        rewire(weights, kept)
+        rewire(weights, grown)
+
+    return Start(make, needs_gradient=True, require=lambda weights: _require_trained(name, weights, density))
+
+
+def _grown(weight: SparseWeight, kept: Topology, count: int, pattern: Structure) -> Topology:
+    """`kept` with `count` entries more, where the gradient is largest."""
+    if not count:
+        return kept
+    score = torch.cat([block.abs() for _, block in gradient(weight)])
+    score[kept.indices.to(score.device)] = -math.inf
+    return kept.add(pattern(weight, score, count).indices.to(kept.device))
+
+
+def _largest(
+    weights: Weights, density: float, allocate: Allocation, structure: Structure, last: Structure
+) -> list[Topology]:
+    """The largest magnitudes of each weight within the counts of `allocate`, in the patterns that are allowed."""
+    scores = [magnitude(w) for w in weights]
+    counts = allocate(weights, scores, weights.total(density))
+    patterns = _patterns(weights, structure, last)
+    return [pattern(w, everywhere(w, s), n) for w, s, n, pattern in zip(weights, scores, counts, patterns, strict=True)]
+
+
+def _patterns(weights: Weights, structure: Structure, last: Structure) -> list[Structure]:
+    return [structure] * (len(weights) - 1) + [last]
+
+
+def _no_positions() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+def _require_trained(name: str, weights: Weights, density: float) -> None:
+    weights.require(density)
+    blank = [w.name for w in weights if w.values().is_meta]
+    if blank:
+        raise ValueError(
+            f"{name}: {len(blank)} of {len(weights)} weights lie on the meta device and have no values "
+            f"({', '.join(blank[:3])}): load the trained model on a real device first"
+        )
+
+
+def scale_to_fan_in(weights: Weights) -> None:
+    """Scale first values to the fan-in that each output really has: by sqrt(dense fan-in / active fan-in).
+
+    Source: Evci et al. 2022, Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win, section 3.1.
+    """
+    for weight in weights:
+        values = weight.values()
+        scale = fan_in_scale(weight.topology, weight.out_axis).to(values.device)
+        weight.set_values((values.double() * scale).to(values.dtype))

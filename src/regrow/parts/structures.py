@@ -1,0 +1,249 @@
+"""Which patterns of active entries are allowed: the best topology of a pattern, by a score of every position.
+
+A structure is called with a weight, a score of every position (numel,), -inf where an entry is not allowed, and a
+count. It sees scores in any real dtype, and equal ones go to the lower position. Memory is that of some copies of the
+scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.core import selection
+from regrow.core.method import Structure
+from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight
+
+
+def unstructured(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+    """The `count` highest scores, wherever they are; a `Structure`."""
+    score = _checked("unstructured", weight, score, count)
+    return Topology(weight.shape, None if count == score.numel() else selection.highest(score, count))
+
+
+def rows(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+    """Whole output neurons or filters of highest mean score; a `Structure`.
+
+    An output has all its allowed entries or none. So many outputs stay that their entries are nearest to `count`: of
+    two numbers equally near the smaller, and never less than one output, so that no weight is emptied.
+
+    Source: Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.1 (there the sum, which ranks alike).
+    """
+    steps = [1 if axis == weight.out_axis else size for axis, size in enumerate(weight.shape)]
+    return _whole(weight, _checked("rows", weight, score, count), count, steps)
+
+
+def blocks(height: int, width: int) -> Structure:
+    """Blocks of `height` consecutive outputs and `width` consecutive inputs, of highest mean score.
+
+    Those of each position of a convolution's kernel stand for themselves; blocks at the edge are smaller where the
+    sizes do not divide. So many stay that their entries are nearest to the count, by the rule of `rows`.
+
+    Args:
+        height: outputs of a block, 1 or more.
+        width: inputs of a block, 1 or more.
+
+    Source: Narang et al. 2017, Block-Sparse Recurrent Neural Networks, section 3 (there the maximum, not the mean).
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"blocks: height and width must be at least 1, got {height} x {width}")
+    name = f"blocks({height}, {width})"
+
+    def structure(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+        steps = [1] * len(weight.shape)
+        steps[weight.out_axis], steps[weight.in_axis] = height, width
+        return _whole(weight, _checked(name, weight, score, count), count, steps)
+
+    return structure
+
+
+def n_of_m(n: int, m: int) -> Structure:
+    """The `n` highest scores of each `m` consecutive inputs, at every output and position of a kernel.
+
+    Where `m` does not divide the inputs, the last group, of r inputs, keeps floor(n r / m) of them, or one more where
+    the count asks for it: the outputs and positions with the best next score do.
+
+    Args:
+        n: how many stay, in [1, m].
+        m: inputs of a group.
+
+    Raises:
+        ValueError: from the structure, for a count that is not that of the pattern, n / m of all entries.
+
+    Source: Mishra et al. 2021, Accelerating Sparse Deep Neural Networks, section 3; Zhou et al. 2021, Learning N:M
+    Fine-grained Structured Sparse Neural Networks From Scratch, section 3.
+    """
+    if not 1 <= n <= m:
+        raise ValueError(f"n_of_m: n must lie in [1, m], got n = {n} and m = {m}")
+    name = f"n_of_m({n}, {m})"
+
+    def structure(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+        lines = _lines(weight, _checked(name, weight, score, count))
+        groups, rest = divmod(lines.shape[1], m)
+        least, most = (len(lines) * (groups * n + k) for k in (n * rest // m, -(-n * rest // m)))
+        if not least <= count <= most:
+            numbers = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+            raise ValueError(
+                f"{name}: {weight.name} keeps {numbers} of its {score.numel():,} entries, and {count:,} are asked for: "
+                f"give it the density {n}/{m}, as allocate=uniform does"
+            )
+        split = groups * m
+        chosen = torch.zeros_like(lines, dtype=torch.bool)
+        whole = lines[:, :split].reshape(-1, m)
+        chosen[:, :split] = best_of_each(whole, whole.new_full((len(whole),), n, dtype=torch.int64)).view(
+            len(lines), split
+        )
+        chosen[:, split:] = evenly(lines[:, split:], count - len(lines) * groups * n)
+        if bool(lines[chosen].isneginf().any()):
+            raise ValueError(f"{name}: {weight.name} has groups with fewer than {n} allowed entries: prune from dense")
+        moved = chosen.view([*_without(weight.shape, weight.in_axis), -1])
+        return _topology(weight, moved.movedim(-1, weight.in_axis))
+
+    return structure
+
+
+def constant_fan_in(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+    """The highest scores of each output, as many in every one; a `Structure`.
+
+    Where the outputs do not divide `count`, fan-ins differ by one: the surplus goes to the outputs with the best next
+    score, so that the count is exact.
+
+    Raises:
+        ValueError: for a count that leaves an output without entries, or an output that has too few allowed ones.
+
+    Source: Lasby et al. 2024, Dynamic Sparse Training with Structured Sparsity, section 3.1, whose counts are rounded
+    so that all fan-ins are equal.
+    """
+    scores = by_output(weight, _checked("constant_fan_in", weight, score, count))
+    outputs = len(scores)
+    if count < outputs:
+        raise ValueError(
+            f"constant_fan_in: {weight.name} has {outputs:,} outputs, and its {count:,} entries leave some without "
+            f"any: it takes a density of {outputs / score.numel():.6g} there"
+        )
+    chosen = evenly(scores, count)
+    short = (chosen & scores.isneginf()).any(1)
+    if bool(short.any()):
+        first = int(short.nonzero()[0])
+        raise ValueError(
+            f"constant_fan_in: {weight.name} has {count / outputs:.4g} entries for each output, and output {first} has "
+            f"{int((scores[first] > -math.inf).sum()):,} that are allowed: start from an equal fan-in"
+        )
+    return of_outputs(weight, chosen)
+
+
+def fan_ins(topology: Topology, out_axis: int) -> Tensor:
+    """How many entries each output has, (outputs,) int64."""
+    return outputs_of(topology.indices, topology.shape, out_axis).bincount(minlength=topology.shape[out_axis])
+
+
+def outputs_of(positions: Tensor, shape: Sequence[int], out_axis: int) -> Tensor:
+    """The output to which each of the flat `positions` (n,) belongs, (n,)."""
+    return positions // math.prod(shape[out_axis + 1 :]) % shape[out_axis]
+
+
+def by_output(weight: SparseWeight, values: Tensor) -> Tensor:
+    """`values` (numel,) as (outputs, entries of one), positions ascending in each."""
+    return values.view(weight.shape).movedim(weight.out_axis, 0).reshape(weight.shape[weight.out_axis], -1)
+
+
+def of_outputs(weight: SparseWeight, chosen: Tensor) -> Topology:
+    """The topology of what is `chosen`, bool (outputs, entries of one)."""
+    moved = chosen.view([weight.shape[weight.out_axis], *_without(weight.shape, weight.out_axis)])
+    return _topology(weight, moved.movedim(0, weight.out_axis))
+
+
+def best_of_each(score: Tensor, counts: Tensor) -> Tensor:
+    """The counts[i] highest entries of row i, bool (rows, n); equal scores go to the lower position.
+
+    Args:
+        score: (rows, n), without NaN.
+        counts: (rows,) int64, each in [0, n].
+    """
+    most = int(counts.max()) if len(counts) else 0
+    if most == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    best = score.topk(most, dim=1).values
+    threshold = best.gather(1, (counts - 1).clamp(min=0)[:, None])
+    above, ties = score > threshold, score == threshold
+    room = counts - above.sum(1)
+    return above | (ties & (ties.cumsum(1) <= room[:, None]))
+
+
+def evenly(score: Tensor, count: int) -> Tensor:
+    """The best `count` entries when rows have as many, or one more, bool (rows, n).
+
+    Those with one more are the rows with the best next score, of equal ones the first.
+
+    Args:
+        score: (rows, n), without NaN.
+        count: in [0, rows n].
+    """
+    if score.numel() == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    each, surplus = divmod(count, len(score))
+    counts = torch.full((len(score),), each, device=score.device)
+    chosen = best_of_each(score, counts)
+    if surplus:
+        more = best_of_each(score, counts + 1)
+        winners = selection.highest(score.masked_fill(chosen | ~more, -math.inf).amax(1), surplus)
+        chosen[winners] = more[winners]
+    return chosen
+
+
+def _checked(name: str, weight: SparseWeight, score: Tensor, count: int) -> Tensor:
+    """`score` itself.
+
+    Raises:
+        ValueError: when a score is NaN, or `count` is above the number of allowed entries.
+    """
+    if bool(score.isnan().any()):
+        raise ValueError(
+            f"{weight.name}: {int(score.isnan().sum()):,} of {score.numel():,} scores are NaN: training has diverged"
+        )
+    allowed = int((score > -math.inf).sum())
+    if not 0 <= count <= allowed:
+        raise ValueError(f"{name}: {weight.name} has {allowed:,} allowed entries, and {count:,} are asked for")
+    return score
+
+
+def _whole(weight: SparseWeight, score: Tensor, count: int, steps: Sequence[int]) -> Topology:
+    """Whole groups of highest mean, which span `steps` positions along each axis."""
+    group, groups = torch.zeros((), dtype=torch.int64), 1
+    for axis, (size, step) in enumerate(zip(weight.shape, steps, strict=True)):
+        along = torch.arange(size).div(step, rounding_mode="floor")
+        number = -(-size // step)
+        group = group * number + along.view([-1 if a == axis else 1 for a in range(len(steps))])
+        groups *= number
+    # Sums on the CPU in float64, since on a GPU their order, and with it a near tie, is not the same in every run.
+    score, group = score.detach().cpu().double(), group.expand(weight.shape).reshape(-1)
+    allowed = score > -math.inf
+    sizes = group[allowed].bincount(minlength=groups)
+    total = torch.zeros(groups, dtype=torch.float64).index_add_(0, group[allowed], score[allowed])
+    there = sizes.nonzero().view(-1)
+    order = there[(total[there] / sizes[there]).argsort(descending=True, stable=True)]
+    reached = sizes[order].cumsum(0)
+    taken = int(np.abs(reached.numpy() - count).argmin()) + 1 if len(order) else 0
+    chosen = torch.zeros(groups, dtype=torch.bool)
+    chosen[order[:taken]] = True
+    return _topology(weight, chosen[group] & allowed)
+
+
+def _lines(weight: SparseWeight, values: Tensor) -> Tensor:
+    """`values` (numel,) as (outputs and positions of the kernel, inputs)."""
+    return values.view(weight.shape).movedim(weight.in_axis, -1).reshape(-1, weight.shape[weight.in_axis])
+
+
+def _without(shape: Sequence[int], axis: int) -> list[int]:
+    return [size for a, size in enumerate(shape) if a != axis]
+
+
+def _topology(weight: SparseWeight, mask: Tensor) -> Topology:
+    """The topology of a bool mask of the weight's shape or (numel,)."""
+    positions = mask.reshape(-1).nonzero().view(-1)
+    return Topology(weight.shape, None if positions.numel() == mask.numel() else positions)

@@ -1,0 +1,188 @@
+"""The two acts that change topologies, and the gates around them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regrow.core.method import Allocation, Drop, Growth, Regrow, Rule, Score, Statistic, Structure, Update
+from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight, Weights
+from regrow.parts import allocation
+from regrow.parts.drops import keep_highest
+from regrow.parts.schedules import Schedule
+
+_log = logging.getLogger("regrow")
+
+
+def prune(density: Schedule, score: Score, allocate: Allocation, structure: Structure | None = None) -> Update:
+    """Lower the density to `density(step)`, keeping the highest `score` within the counts of `allocate`.
+
+    A `structure` says which patterns are allowed; without one every entry stands for itself. Gated by `every`, a ramp
+    runs once more at its own end, so that its last density is reached exactly.
+
+    Source: Zhu and Gupta 2017, To prune, or not to prune, section 3.
+    """
+
+    def apply(weights: Weights, step: int) -> None:
+        prune_to(weights, min(weights.total(density(step)), weights.nnz), score, allocate, structure)
+
+    def require(weights: Weights) -> None:
+        weights.require(density(density.until or 0))
+
+    return (Rule(apply, last=density.until, require=require),)
+
+
+def prune_to(
+    weights: Weights, total: int | None, score: Score, allocate: Allocation, structure: Structure | None = None
+) -> None:
+    """Keep `total` entries of highest `score` within the counts of `allocate`; None leaves the total to it."""
+    scores = [score(w) for w in weights]
+    counts = allocate(weights, scores, total)
+    rewire(weights, [_kept(w, s, n, structure) for w, s, n in zip(weights, scores, counts, strict=True)])
+
+
+def _kept(weight: SparseWeight, score: Tensor, count: int, structure: Structure | None) -> Topology:
+    if structure is None:
+        return keep_highest(weight, score, count)
+    return structure(weight, everywhere(weight, score), count)
+
+
+def everywhere(weight: SparseWeight, score: Tensor) -> Tensor:
+    """The `score` (nnz,) of active entries as one of every position (numel,), -inf where nothing is active."""
+    scores = torch.full((weight.topology.numel,), -math.inf, dtype=score.dtype, device=score.device)
+    scores[weight.topology.indices.to(score.device)] = score
+    return scores
+
+
+def drop_and_grow(
+    fraction: Schedule,
+    drop: Drop,
+    grow: Growth,
+    redistribute: Statistic | None = None,
+    regrow_dropped: Regrow = "keep",
+) -> Update:
+    """Drop a fraction of every weight's active entries and grow as many: the total never changes.
+
+    Args:
+        fraction: the share of active entries that is dropped at a step; floor(fraction nnz) in each weight.
+        drop: what stays.
+        grow: where new entries appear.
+        redistribute: each weight's share of all that was dropped, limited by the room it has; None gives every
+            weight back what it lost.
+        regrow_dropped: an entry that is dropped and grown at once may "keep" value and optimizer state (as in the
+            code of RigL), have them "reset" to zero, or be "forbid"den; then no more is dropped than can be grown.
+
+    A weight that the last backward did not reach is left as it is, with a line in the log `regrow`.
+
+    Source: Evci et al. 2020, Rigging the Lottery, Algorithm 1; redistribution after Dettmers and Zettlemoyer
+    2019, Sparse Networks from Scratch, section 3.
+    """
+
+    def apply(weights: Weights, step: int) -> None:
+        live = reached(weights, step)
+        free = [_room(w.topology) for w in live]
+        share = fraction(step)
+        shares = [
+            min(share, n / w.topology.nnz) if regrow_dropped == "forbid" and w.topology.nnz else share
+            for w, n in zip(live, free, strict=True)
+        ]
+        kept = drop(live, shares)
+        if regrow_dropped == "forbid":
+            kept = [_within(w, k, n) for w, k, n in zip(live, kept, free, strict=True)]
+        taken = [w.topology if regrow_dropped == "forbid" else k for w, k in zip(live, kept, strict=True)]
+        counts = _grown(live, kept, taken, redistribute)
+        grown = [k.add(grow(w, t, n)) if n else k for w, k, t, n in zip(live, kept, taken, counts, strict=True)]
+        if regrow_dropped == "reset":
+            rewire(live, kept)
+        rewire(live, grown)
+
+    return (Rule(apply),)
+
+
+def reached(weights: Weights, step: int) -> list[SparseWeight]:
+    """The weights that the last backward reached; the others are named in the log `regrow`."""
+    live = [w for w in weights if w.has_grad]
+    if len(live) < len(weights):
+        idle = ", ".join(w.name for w in weights if not w.has_grad)
+        _log.warning("step %d: no gradient reached %s: left as they are by the update", step, idle)
+    return live
+
+
+def _grown(
+    live: Sequence[SparseWeight], kept: Sequence[Topology], taken: Sequence[Topology], redistribute: Statistic | None
+) -> list[int]:
+    dropped = [w.topology.nnz - k.nnz for w, k in zip(live, kept, strict=True)]
+    if redistribute is None:
+        return dropped
+    shares = [redistribute(w, k) for w, k in zip(live, kept, strict=True)]
+    for weight, value in zip(live, shares, strict=True):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{weight.name}: its share of the redistribution is {value}: training has diverged")
+    return allocation.apportion(shares, sum(dropped), [_room(t) for t in taken])
+
+
+def _room(taken: Topology) -> int:
+    return taken.numel - taken.nnz
+
+
+def _within(weight: SparseWeight, kept: Topology, room: int) -> Topology:
+    """`kept` with as many of the dropped back as cannot be grown elsewhere, lowest positions first."""
+    dropped = weight.topology.without(kept)
+    return kept.add(dropped[: max(0, dropped.numel() - room)])
+
+
+def rewire(weights: Sequence[SparseWeight], topologies: Sequence[Topology]) -> None:
+    """Give each weight its new topology; all are known before the first changes, so errors leave all as they were."""
+    for weight, topology in zip(weights, topologies, strict=True):
+        weight.rewire(topology)
+
+
+def chain(*updates: Update) -> Update:
+    """All of `updates`, applied in this order at the steps where each is due."""
+    return tuple(rule for update in updates for rule in update)
+
+
+def every(interval: int, update: Update, *, until: int, begin: int | None = None) -> Update:
+    """`update` at steps begin, begin + interval, ... strictly below `until`; never at step 0.
+
+    Args:
+        interval: optimizer steps between two updates.
+        update: what is gated. A rule that names a `last` step runs there too.
+        until: no update at this step or later.
+        begin: the first update; None or 0 means `interval`.
+
+    Raises:
+        ValueError: when no step satisfies this.
+
+    Source: Evci et al. 2020, Rigging the Lottery, Algorithm 1 ("t mod Delta T = 0 and t < T_end").
+
+    Examples:
+        >>> rule, = every(100, (Rule(lambda weights, step: None),), until=300)
+        >>> [step for step in range(400) if rule.due(step)]
+        [100, 200]
+    """
+    first = begin or interval
+    if interval < 1 or first < 1:
+        raise ValueError(
+            f"updates must be at least 1 step apart and begin at step 1 or later, got interval {interval}, "
+            f"begin {begin}"
+        )
+    if until <= first:
+        raise ValueError(
+            f"no update would ever happen: the first is due at step {first}, and until is {until}: raise "
+            "until or lower the interval"
+        )
+    return tuple(_gated(rule, interval, first, until) for rule in update)
+
+
+def _gated(rule: Rule, interval: int, first: int, until: int) -> Rule:
+    def due(step: int) -> bool:
+        regular = first <= step < until and (step - first) % interval == 0
+        return (regular and rule.due(step)) or step == rule.last
+
+    return rule._replace(due=due)
