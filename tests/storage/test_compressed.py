@@ -217,7 +217,7 @@ def test_a_copied_model_is_a_plain_sparse_model(kind: str, method: str, at: int)
     own.zero_grad()
     loss_of(twin, batch("linear", 2)).backward()
     own.step()
-    assert not any(p.kept_bytes for p in run.sparsifier._parameters)
+    assert not any(p.operands.kept_bytes for p in run.sparsifier._stepper.parameters)
     after = tensors(run.model, run.optimizer)
     assert all(torch.equal(t, before[n]) for n, t in after.items())
     alone = Run("compressed", METHODS[method]()).go(1, 6)
@@ -629,10 +629,10 @@ def test_nothing_is_kept_between_updates():
     for step in range(1, 10):
         run.optimizer.zero_grad()
         run.backward(step)
-        kept = [p.kept_bytes for p in run.sparsifier._parameters]
+        kept = [p.operands.kept_bytes for p in run.sparsifier._stepper.parameters]
         assert [k > 0 for k in kept] == [step % 3 == 0] * 2
         run.optimizer.step()
-        assert [p.kept_bytes for p in run.sparsifier._parameters] == [0, 0]
+        assert [p.operands.kept_bytes for p in run.sparsifier._stepper.parameters] == [0, 0]
 
 
 @pytest.mark.parametrize("twice", [False, True])

@@ -27,7 +27,7 @@ from regrow.app import folder, recipes
 from regrow.app.config import Config
 from regrow.app.models import MODELS, Shape, build
 from regrow.app.vocabulary import AROUND, RECIPES, known_options, options, paper, summary
-from regrow.engine.placement import Storage
+from regrow.storage.stored import Storage
 
 DENSITY = "0.1"
 """Where neither a density nor an explicit allocation is given."""

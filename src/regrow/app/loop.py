@@ -36,11 +36,11 @@ from regrow.app.vocabulary import STARTS, make, parsed, parsed_around
 from regrow.core.draws import Stream
 from regrow.core.method import Method, Need, Start
 from regrow.core.topology import Topology
-from regrow.engine.placement import Storage
 from regrow.engine.sparsifier import Sparsifier
 from regrow.files import replacing
 from regrow.metrics.flops import Flops
 from regrow.parts.starts import given
+from regrow.storage.stored import Storage
 
 CHECKPOINT_SECONDS = 30.0
 RECORDS = 200

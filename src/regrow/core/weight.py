@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology
@@ -66,83 +65,6 @@ class SparseWeight(Protocol):
 
     def restore(self, topology: Topology) -> None:
         """Take on a saved topology; values and optimizer state are already those that were saved with it."""
-        ...
-
-
-class StoredParameter(Protocol):
-    """What the sparsifier asks of a storage about one parameter, which holds one weight or several blocks."""
-
-    parameter: nn.Parameter
-    optimizer: Optimizer
-    keep_dense: bool
-    """Whether the coming backward passes keep the gradient at inactive positions too."""
-    fresh: bool
-    """Whether a backward reached the parameter since the last step began."""
-    reached: bool
-    """Whether a backward reached the parameter since the last step ended."""
-    holding: bool
-    """Whether what was set aside outlives the next backward, for an update that is still to come."""
-
-    @property
-    def weights(self) -> Sequence[SparseWeight]:
-        """The weights that it holds."""
-        ...
-
-    def require_free(self) -> None:
-        """Raise ValueError when something would keep `materialize` from doing its work."""
-        ...
-
-    def materialize(self, room: int, seed: int) -> None:
-        """Take the form in which values are stored, once the first topologies are known.
-
-        Args:
-            room: the most entries that the parameter will ever hold.
-            seed: of the values, where there are none yet.
-        """
-        ...
-
-    def mask_gradient(self) -> None:
-        """Leave the optimizer a gradient of active entries only."""
-        ...
-
-    def settle(self) -> None:
-        """Make what was set aside agree with the gradient as it is now: clipped, unscaled, or gone."""
-        ...
-
-    def set_aside(self) -> None:
-        """Keep what growth reads of the gradient until `release`."""
-        ...
-
-    def release(self) -> None:
-        """Forget what was set aside."""
-        ...
-
-    def use_scale(self, scale: float) -> None:
-        """Divide by `scale` whatever gradients are read."""
-        ...
-
-    def require_finite_gradient(self) -> None:
-        """Raise ValueError when the gradient that an update would read is not finite."""
-        ...
-
-    def project(self) -> None:
-        """Make sure that values are zero outside the topology."""
-        ...
-
-    def project_state(self) -> None:
-        """Make sure that optimizer state is zero outside the topology."""
-        ...
-
-    def stepping(self, step: int) -> None:
-        """The optimizer is about to take step number `step`."""
-        ...
-
-    def stepped(self) -> None:
-        """The optimizer has stepped."""
-        ...
-
-    def remove(self) -> None:
-        """Take hooks off the parameter."""
         ...
 
 

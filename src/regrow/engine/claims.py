@@ -17,9 +17,12 @@ from regrow.engine.optimizers import is_stepping, stranger
 class AtWork(Protocol):
     """As much of a sparsifier as is read here."""
 
-    method: Method
-    optimizers: list[Optimizer]
     names: dict[int, str]
+
+    @property
+    def method(self) -> Method: ...
+    @property
+    def optimizers(self) -> list[Optimizer]: ...
 
 
 _at_work: weakref.WeakSet[AtWork] = weakref.WeakSet()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,13 +14,82 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.core import selection
+from regrow.core.method import Method, Probe
 from regrow.core.names import canonical_names
 from regrow.core.topology import Topology
+from regrow.storage.stored import Draft
 
 T = TypeVar("T")
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar loss."""
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The start reads no gradient."""
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The start reads the gradient of the first training step, whose place it takes."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The start reads gradients of batches, before training.
+
+    Args:
+        batches: data.
+        loss: (model, batch) -> scalar, a mean over the batch.
+        asked: whether the start asks for gradients at topologies that it only tries, instead of reading one mean.
+    """
+
+    batches: Iterable[Any]
+    loss: Loss
+    asked: bool
+
+
+Source = Nothing | FirstStep | Batches
+"""Where a start gets its gradients."""
+
+
+def source_of(method: Method, batches: Iterable[Any] | None, loss: Loss | None) -> Source:
+    """Where the start of `method` gets its gradients.
+
+    Raises:
+        ValueError: when `batches` and `loss` are missing, one without the other, or given to a start that reads none.
+    """
+    reads, asks = method.start.needs_gradient, method.start.needs_batches
+    if (batches is None) != (loss is None):
+        raise ValueError("batches= and loss= belong together: give both or neither")
+    if batches is None or loss is None:
+        if asks:
+            raise ValueError(
+                f"{method.name} asks for several gradients before training: give batches= and loss= to regrow.sparsify"
+            )
+        return FirstStep() if reads else Nothing()
+    if not (reads or asks):
+        raise ValueError(f"{method.name} reads no gradient at its start: leave out batches= and loss=")
+    return Batches(batches, loss, asks)
+
+
+@contextmanager
+def asking(source: Nothing | Batches, model: nn.Module, drafts: Sequence[Draft]) -> Iterator[Probe]:
+    """Within the context a start finds its gradients: in `grad` of the parameters, or by asking the probe.
+
+    Raises:
+        ValueError: when a gradient in `grad` is not finite; from `mean_gradient` and `BatchProbe`.
+    """
+    if isinstance(source, Nothing):
+        yield NoProbe()
+    elif source.asked:
+        yield BatchProbe(model, [(d.parameter, len(d.weights)) for d in drafts], source.batches, source.loss)
+    else:
+        with mean_gradient(model, [d.parameter for d in drafts], source.batches, source.loss):
+            for draft in drafts:
+                draft.gradient.require_finite()
+            yield NoProbe()
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.method import Method
-from regrow.core.weight import StoredParameter
 from regrow.engine.discovery import Found
-from regrow.engine.placement import Storage, dense_reasons
+from regrow.engine.placement import Place, dense_reasons
+from regrow.engine.probe import FirstStep, Source
 from regrow.engine.timing import Call, Race, Topologies, alike, calls, compressed, race
 from regrow.nn import sparse_class
-from regrow.storage.compressed import CompressedParameter, is_refused
-from regrow.storage.masked import MaskedParameter
+from regrow.storage.compressed import PendingParameter, is_refused
+from regrow.storage.masked import masked_twin
+from regrow.storage.stored import Draft
 
 _log = logging.getLogger("regrow")
 
@@ -32,9 +33,9 @@ def contenders(
     owners: Sequence[Optimizer],
     method: Method,
     *,
-    has_batches: bool,
+    source: Source,
     allow_dense: bool,
-) -> tuple[list[Storage], Calls]:
+) -> tuple[list[Place], Calls]:
     """Compressed for each parameter that a race is to decide about, masked for the others, and what to race with.
 
     Args:
@@ -43,20 +44,22 @@ def contenders(
         found: the parameters to sparsify.
         owners: the optimizer of each.
         method: that will work on them.
-        has_batches: whether the first topologies are made before training.
+        source: where its start gets its gradients.
         allow_dense: race even where compressed storage would be as large as dense.
     """
-    reasons = dense_reasons(method, has_batches)
-    without_topology = method.start.needs_gradient and not has_batches
-    never = without_topology or method.latent is not None or not allow_dense
+    reasons = dense_reasons(method, source)
+    never = isinstance(source, FirstStep) or method.latent is not None or not allow_dense
     everywhere = f"{method.name} {' and '.join(reasons)}" if reasons and never else None
     obstacles = [everywhere or _obstacle(f, owner) for f, owner in zip(found, owners, strict=True)]
     for f, obstacle in zip(found, obstacles, strict=True):
         if obstacle is not None:
             _log.info("%s: masked, since %s", f.name, obstacle)
     racing = [m for f, o in zip(found, obstacles, strict=True) if o is None for m, _ in f.holders]
-    storages: list[Storage] = ["compressed" if o is None else "masked" for o in obstacles]
-    return storages, calls(model, example, racing) if racing else {}
+    places = [
+        Place(f, owner, "compressed" if o is None else "masked")
+        for f, owner, o in zip(found, owners, obstacles, strict=True)
+    ]
+    return places, calls(model, example, racing) if racing else {}
 
 
 def _obstacle(found: Found, owner: Optimizer) -> str | None:
@@ -77,16 +80,16 @@ class _Times(NamedTuple):
     compressed: float
 
 
-def faster(parameters: Sequence[StoredParameter], inputs: Calls) -> list[StoredParameter]:
+def faster(parameters: Sequence[Draft], inputs: Calls) -> list[Draft]:
     """`parameters`, of which those become masked whose layers run no faster compressed; what is picked is logged.
 
     Time is that of forward and backward. Of several ranks the first one measures, for all of them.
 
     Args:
-        parameters: masked ones, and compressed ones that have noted their topology and not yet become sparse.
+        parameters: masked ones, and pending ones that have noted their topology.
         inputs: what modules are called with; parameters of modules that are missing here become masked.
     """
-    groups = _groups([p for p in parameters if isinstance(p, CompressedParameter)])
+    groups = _groups([p for p in parameters if isinstance(p, PendingParameter)])
     slow: set[int] = set()
     for group, times in zip(groups, _measured(groups, inputs), strict=True):
         names = ", ".join(w.name for p in group for w in p.weights)
@@ -102,12 +105,15 @@ def faster(parameters: Sequence[StoredParameter], inputs: Calls) -> list[StoredP
             )
         if times is None or not wins:
             slow |= {id(p) for p in group}
-    return [_masked(p) if isinstance(p, CompressedParameter) and id(p) in slow else p for p in parameters]
+    return [
+        masked_twin(p, [w.topology for w in p.weights], [w.state for w in p.weights]) if id(p) in slow else p
+        for p in parameters
+    ]
 
 
-def _groups(parameters: Sequence[CompressedParameter]) -> list[list[CompressedParameter]]:
+def _groups(parameters: Sequence[PendingParameter]) -> list[list[PendingParameter]]:
     """Parameters in groups that share modules, as the weights of a recurrent layer do, or a tied one's layers."""
-    groups: list[list[CompressedParameter]] = []
+    groups: list[list[PendingParameter]] = []
     for parameter in parameters:
         modules = {module for module, _ in parameter.holders}
         joined = [g for g in groups if any(module in modules for p in g for module, _ in p.holders)]
@@ -115,7 +121,7 @@ def _groups(parameters: Sequence[CompressedParameter]) -> list[list[CompressedPa
     return groups
 
 
-def _measured(groups: Sequence[Sequence[CompressedParameter]], inputs: Calls) -> list[_Times | None]:
+def _measured(groups: Sequence[Sequence[PendingParameter]], inputs: Calls) -> list[_Times | None]:
     distributed = torch.distributed
     ranks = distributed.is_available() and distributed.is_initialized()
     times: list[_Times | None] = [None] * len(groups)
@@ -128,7 +134,7 @@ def _measured(groups: Sequence[Sequence[CompressedParameter]], inputs: Calls) ->
     return times
 
 
-def _times(group: Sequence[CompressedParameter], inputs: Calls, known: dict[Hashable, Race]) -> _Times | None:
+def _times(group: Sequence[PendingParameter], inputs: Calls, known: dict[Hashable, Race]) -> _Times | None:
     races = []
     modules: dict[nn.Module, Topologies] = {}
     for parameter in group:
@@ -141,14 +147,3 @@ def _times(group: Sequence[CompressedParameter], inputs: Calls, known: dict[Hash
                 known[key] = race(module, active, inputs[module], {"compressed": compressed})
             races.append(known[key])
     return _Times(sum(r.time("dense") for r in races), sum(r.time("compressed") for r in races)) if races else None
-
-
-def _masked(parameter: CompressedParameter) -> MaskedParameter:
-    """The same parameter in masked storage, with the topology that it has noted."""
-    weights = parameter.weights
-    names, out_axis, in_axis = [w.name for w in weights], weights[0].out_axis, weights[0].in_axis
-    twin = MaskedParameter(parameter.parameter, parameter.optimizer, names, out_axis, in_axis)
-    for new, old in zip(twin.weights, weights, strict=True):
-        new.state = old.state
-        new.rewire(old.noted)
-    return twin

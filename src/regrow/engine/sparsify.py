@@ -10,22 +10,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.checks import require_choice
-from regrow.core.method import Method
+from regrow.core.method import Method, Need
 from regrow.engine import claims
 from regrow.engine.discovery import Selector, find
-from regrow.engine.meta import on_meta_device
-from regrow.engine.optimizers import holder_of
-from regrow.engine.placement import (
-    Choice,
-    assign,
-    quarter_of_free_memory,
-    require_sparse,
-    stored,
+from regrow.engine.meta import (
+    leave_meta_device,
+    on_meta_device,
+    require_initializers,
+    spare_topologies_the_broadcast,
 )
-from regrow.engine.probe import Loss
-from regrow.engine.race import contenders
+from regrow.engine.optimizers import holder_of
+from regrow.engine.placement import Choice, drafts, place, require_sparse
+from regrow.engine.probe import FirstStep, Loss, Source, asking, source_of
+from regrow.engine.race import Calls, contenders, faster
 from regrow.engine.sparsifier import Sparsifier
-from regrow.nn import Init
+from regrow.engine.step import begin, weights_of
+from regrow.nn import Init, leave_fast_path
+from regrow.parts.starts import scale_to_fan_in
+from regrow.storage.memory import Memory
+from regrow.storage.stored import Draft, Stored
 
 
 def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by its name
@@ -98,32 +101,107 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     _require_example_for_auto(storage, example)
     optimizers = _as_list(optimizer)
     found, excluded = find(model, skip, only)
-    outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
     claims.require_free({id(f.parameter): f.name for f in found}, optimizers)
     owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
-    has_batches, inputs = batches is not None, None
+    source = source_of(method, batches, loss)
+    _require_init(init, method, source)
+    calls: Calls | None = None
     if storage == "auto" and not on_meta_device(model):
-        storages, inputs = contenders(
-            model, example, found, owners, method, has_batches=has_batches, allow_dense=allow_dense
-        )
+        places, calls = contenders(model, example, found, owners, method, source=source, allow_dense=allow_dense)
     else:
-        storages = assign("compressed" if storage == "auto" else storage, found)
-    if update_memory is not None and storage == "masked":
-        raise ValueError('update_memory= limits what storage="compressed" keeps: leave it out with storage="masked"')
-    if update_memory is not None and update_memory < 1:
-        raise ValueError(f"update_memory must be 1 byte or more, got {update_memory}")
-    compressed = [f for f, s in zip(found, storages, strict=True) if s == "compressed"]
-    require_sparse(method, compressed, has_batches, allow_dense)
+        places = place("compressed" if storage == "auto" else storage, found, owners)
+    require_sparse(method, places, source, allow_dense)
+    memory = _memory(update_memory, storage)
+    outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
     with torch.no_grad():
-        limit = quarter_of_free_memory() if update_memory is None else update_memory
-        parameters = stored(found, owners, storages, limit, method)
-        sparsifier = Sparsifier(model, optimizers, method, parameters, excluded, outside, seed)
-        try:
-            sparsifier._begin(batches, loss, init, inputs)
-        except BaseException:
-            sparsifier.remove()
-            raise
-    return sparsifier
+        parameters = _begun(model, drafts(places, method, memory), method, source, outside, init, calls, seed)
+    started = not isinstance(source, FirstStep)
+    return Sparsifier(model, optimizers, method, parameters, excluded, outside, seed, started)
+
+
+def _begun(
+    model: nn.Module,
+    parameters: list[Draft],
+    method: Method,
+    source: Source,
+    outside: int,
+    init: Init,
+    calls: Calls | None,
+    seed: int,
+) -> list[Stored]:
+    """Parameters with their first topologies, unless these wait for a first step, in the form that storages hold.
+
+    Args:
+        model: takes on its sparse form.
+        parameters: those to sparsify.
+        method: what makes the topologies.
+        source: where that gets its gradients.
+        outside: entries outside that count in the budget.
+        init: how first values are scaled.
+        calls: what to race storages with, or None.
+        seed: of the draws.
+    """
+    try:
+        weights = weights_of(parameters, outside)
+        method.start.require(weights)
+        for rule in method.update:
+            rule.require(weights)
+        if not isinstance(source, FirstStep):
+            with asking(source, model, parameters) as probe:
+                begin(method, weights, seed, probe)
+        if calls is not None:
+            parameters = faster(parameters, calls)
+        require_initializers(model)
+        for parameter in parameters:
+            parameter.require_free()
+        nnz = weights.nnz
+        rooms = [_room(p, nnz, method, source) for p in parameters]
+        stored = []
+        for i, room in enumerate(rooms):
+            stored.append(parameters[i].become(room, seed))
+            parameters[i] = stored[i]
+        leave_fast_path(model)
+        leave_meta_device(model, seed)
+        spare_topologies_the_broadcast(model)
+        if init == "fan_in":
+            scale_to_fan_in(weights_of(stored, outside))
+    except BaseException:
+        for parameter in parameters:
+            parameter.remove()
+        raise
+    return stored
+
+
+def _room(parameter: Draft, nnz: int, method: Method, source: Source) -> int:
+    """The most entries that a parameter will ever hold, of `nnz` in all."""
+    numel = sum(w.topology.numel for w in parameter.weights)
+    if isinstance(source, FirstStep) or Need.DENSE_VALUES in method.needs:
+        return numel
+    if Need.ROOM in method.needs:
+        return min(numel, nnz)
+    own = sum(w.topology.nnz for w in parameter.weights)
+    return min(numel, 2 * own) if Need.OVERSHOOT in method.needs else own
+
+
+def _memory(limit: int | None, storage: Choice) -> Memory:
+    if limit is not None and storage == "masked":
+        raise ValueError('update_memory= limits what storage="compressed" keeps: leave it out with storage="masked"')
+    if limit is not None and limit < 1:
+        raise ValueError(f"update_memory must be 1 byte or more, got {limit}")
+    return Memory(limit)
+
+
+def _require_init(init: Init, method: Method, source: Source) -> None:
+    if init == "fan_in" and isinstance(source, FirstStep):
+        raise ValueError(
+            f'{method.name} has no connections to scale values to before its first step: with init="fan_in", '
+            "give batches= and loss= to regrow.sparsify"
+        )
+    if init == "fan_in" and method.latent is not None:
+        raise ValueError(
+            f"{method.name} trains values at every position, which have no connections to be scaled to: "
+            'leave out init="fan_in"'
+        )
 
 
 def _require_example_for_auto(storage: Choice, example: Any) -> None:

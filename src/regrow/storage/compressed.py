@@ -1,25 +1,28 @@
 """Compressed storage: only active values exist, in the weight, its gradient and the optimizer's state.
 
 A weight costs 4 bytes per active entry (in float32) for each of value, gradient and optimizer state, and 12 for the
-topology as the kernels read it. The gradient at inactive positions is never formed as a whole: in the step of an update
-the inputs and output gradients of the layer are kept, and growth reads the gradient from them in blocks of rows.
+topology as the kernels read it. The gradient at inactive positions is never formed as a whole: growth reads it in
+blocks of rows from the operands that the step of an update keeps.
+
+A parameter is pending until its first topology is known: it is then still what it was, dense or on the meta device.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow import kernels
-from regrow.core import selection
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology
 from regrow.nn import SparseModule, sparse_class
+from regrow.storage.gradient import Gradient
+from regrow.storage.memory import Memory
+from regrow.storage.operands import KeptOperands
 from regrow.storage.state import (
     SECOND_MOMENTS,
     forget_other_state,
@@ -27,6 +30,7 @@ from regrow.storage.state import (
     starting_moment,
     weight_shaped_state,
 )
+from regrow.storage.stored import Draft, Stored
 
 REFUSED = frozenset({"Muon", "Adafactor", "LBFGS"})
 """Optimizers of torch.optim that read a weight's dense shape, or all parameters as one vector."""
@@ -38,10 +42,8 @@ Holder = tuple[nn.Module, str]
 """A module and the name under which it holds a parameter."""
 
 
-class CompressedParameter:
-    """One parameter of which only active values exist, its modules, its optimizer and what growth may read.
-
-    Until `materialize` the parameter is what it was, dense or on the meta device, and rewiring only notes topologies.
+class PendingParameter(Draft):
+    """One parameter that is to be compressed; rewiring its weights only notes their topologies.
 
     Args:
         parameter: any float dtype; it keeps its identity.
@@ -50,11 +52,13 @@ class CompressedParameter:
         out_axis: which axis counts the outputs.
         in_axis: which axis counts the inputs.
         holders: every module that holds the parameter.
-        allow: called with the bytes of inputs and output gradients about to be kept; raises where they are too many.
+        memory: is asked before operands are kept for an update.
 
     Raises:
         ValueError: for a module without sparse form or an optimizer that cannot work on active values alone.
     """
+
+    storage = "compressed"
 
     def __init__(
         self,
@@ -64,84 +68,29 @@ class CompressedParameter:
         out_axis: int,
         in_axis: int,
         holders: Sequence[Holder],
-        allow: Callable[[int], None],
+        memory: Memory,
     ) -> None:
         _require_sparse_form(names[0], optimizer, holders)
         self.parameter = parameter
         self.optimizer = optimizer
+        self.gradient = Gradient(parameter, names[0])
         self.holders = list(holders)
-        self.shape = tuple(parameter.shape)
-        self.fresh = False
-        self.reached = False
-        self._materialized = False
-        self._keep_dense = False
-        self._keeper = kernels.Keeper(self._allow)
-        self._held: kernels.Keeper | None = None
-        self._budget = allow
-        self._passes: list[int] = []
-        """Which backward pass each of the kept operands belongs to; 0 once that pass is in the gradient."""
-        self._seen: tuple[weakref.ref[Tensor], int] | None = None
-        self._largest: float | None = None
-        self._factor = 1.0
-        self._scale = 1.0
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
-        rows = self.shape[0] // len(names)
-        self.weights = [
-            CompressedWeight(self, name, (i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
+        self.memory = memory
+        rows = parameter.shape[0] // len(names)
+        self._weights = [
+            PendingWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis)
+            for i, name in enumerate(names)
         ]
 
     @property
-    def keep_dense(self) -> bool:
-        """Whether the coming backward passes keep what the gradient at inactive positions is made of."""
-        return self._keep_dense
-
-    @keep_dense.setter
-    def keep_dense(self, value: bool) -> None:
-        self._keep_dense = value
-        self._watch()
-
-    @property
-    def holding(self) -> bool:
-        """Whether what was kept outlives the next backward, for an update that is still to come."""
-        return self._held is not None
-
-    @holding.setter
-    def holding(self, value: bool) -> None:
-        if not value:
-            self._held = None
-        elif self._held is None:
-            self._held = kernels.Keeper(self._allow)
-            self._held.kept, self._keeper.kept = self._keeper.kept, []
-            self._passes.clear()
-
-    @property
-    def _source(self) -> kernels.Keeper:
-        """Where growth reads: what is held for an update that is still to come, or else what was kept last."""
-        return self._keeper if self._held is None else self._held
-
-    def _watch(self) -> None:
-        """Show the keeper to the modules while it is to see their backward passes."""
-        if self._materialized:
-            for module, name in self._sparse():
-                if self._keep_dense:
-                    module.keys[name] = self._keeper.key
-                else:
-                    module.keys.pop(name, None)
-
-    def _sparse(self) -> Iterator[tuple[SparseModule, str]]:
-        for module, name in self.holders:
-            assert isinstance(module, SparseModule)
-            yield module, name
+    def weights(self) -> Sequence[PendingWeight]:
+        """The weights that it holds."""
+        return self._weights
 
     @property
     def whole(self) -> Topology:
-        """The topology of all blocks, sharing memory with the index of the kernels."""
-        if not self._materialized:
-            return Topology.stack([w.noted for w in self.weights])
-        module, name = next(self._sparse())
-        return module.topology(name)
-
-    # Becoming sparse
+        """The topology of all blocks."""
+        return Topology.stack([w.topology for w in self._weights])
 
     def require_free(self) -> None:
         """Raise ValueError when the parameter cannot change its memory, since something still refers to it."""
@@ -153,7 +102,7 @@ class CompressedParameter:
                 module._init_flat_weights()
         if weak or strong:
             raise ValueError(
-                f"{self.weights[0].name} cannot become compressed while something else refers to it ({strong} graphs "
+                f"{self.gradient.name} cannot become compressed while something else refers to it ({strong} graphs "
                 f"or tensors, {weak} weak references): call regrow.sparsify before the first forward pass and before "
                 "DistributedDataParallel, or delete that pass's outputs"
             )
@@ -164,254 +113,230 @@ class CompressedParameter:
             if isinstance(module, nn.RNNBase):
                 module._flat_weight_refs = []
 
-    def materialize(self, room: int, seed: int) -> None:
+    def become(self, room: int, seed: int) -> CompressedParameter:
         """Give the parameter memory for its active values only, and its modules their sparse form.
 
         Args:
             room: the most entries that the parameter will ever hold; at least as many as it holds are made room for.
             seed: of the values, where the parameter lies on the meta device.
         """
-        topology = Topology.stack([w.noted for w in self.weights])
+        topology = self.whole
         capacity = max(room, topology.nnz)
         held = weight_shaped_state(self.optimizer, self.parameter)
         forget_other_state(self.optimizer, self.parameter)
         state = {key: _gathered(tensor, topology, capacity) for key, tensor in held.items()}
         dense, grad = self.parameter.detach(), self.parameter.grad
-        blank = torch.empty(0, dtype=dense.dtype)
-        fresh = nn.Parameter(
-            blank if dense.is_meta else _gathered(dense, topology, capacity), self.parameter.requires_grad
-        )
+        values = self._drawn(topology, capacity, seed) if dense.is_meta else _gathered(dense, topology, capacity)
         self._let_go()
-        exchange(self.parameter, fresh)
+        exchange(self.parameter, nn.Parameter(values, self.parameter.requires_grad))
         self.optimizer.state.get(self.parameter, {}).update(state)
         if grad is not None and not grad.is_meta:
             self.parameter.grad = _gathered(grad, topology, capacity)
         for module, name in self.holders:
-            if not isinstance(module, SparseModule):
-                cls = sparse_class(module)
-                assert cls is not None
-                cls.adopt(module, {})
-            assert isinstance(module, SparseModule)
-            if dense.is_meta and self.parameter.numel() < capacity:
-                drawn = module.initial(name)(Stream(seed, self.weights[0].name, -1), topology.nnz)
-                values = drawn.new_zeros(capacity)
-                values[: topology.nnz] = drawn
-                self.parameter.data = values.to(dense.dtype)
-            module.hold(name, self.parameter, topology)
-        self._materialized = True
-        for weight in self.weights:
-            weight.noted = Topology(weight.shape)
-        self._watch()
-        accumulated = weakref.WeakMethod(self._accumulated)
+            _sparse(module).hold(name, self.parameter, topology)
+        return CompressedParameter(self, dense.shape)
 
-        def hook(parameter: Tensor) -> None:
-            """Weak, since the garbage collector does not see through a tensor's hooks."""
-            if (call := accumulated()) is not None:
-                call(parameter)
+    def _drawn(self, topology: Topology, capacity: int, seed: int) -> Tensor:
+        """Values as the module draws them, (capacity,), for a parameter that has none."""
+        module, name = self.holders[0]
+        drawn = _sparse(module).initial(name)(Stream(seed, self.gradient.name, -1), topology.nnz)
+        values = drawn.new_zeros(capacity)
+        values[: topology.nnz] = drawn
+        return values.to(self.parameter.dtype)
 
-        self._handle = self.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def remove(self) -> None:
-        """Detach from the parameter, which stays compressed and trains with the topology that it has."""
-        self.keep_dense = False
-        if self._handle is not None:
-            self._handle.remove()
+class PendingWeight:
+    """A `SparseWeight` over a block of rows of a parameter that is to be compressed."""
 
-    # Gradients
-
-    def _allow(self, more: int) -> None:
-        """Before operands are kept: forget those of earlier passes, unless the gradient contains them."""
-        now = torch._C._current_graph_task_id()
-        del self._passes[len(self._keeper.kept) :]
-        if now not in self._passes:
-            self._forget_discarded()
-        self._budget(more)
-        self._passes.append(now)
-
-    def _forget_discarded(self) -> None:
-        grad = self.parameter.grad
-        if grad is not None and self._seen is not None and self._seen[0]() is grad and grad._version == self._seen[1]:
-            return
-        # Clipping and the mean over ranks write to a gradient, which goes on; one that is zero begins anew.
-        if grad is None or not grad.any():
-            self._retain(lambda key: key != 0)
-
-    def forget_unfinished(self) -> None:
-        """Forget what is kept of passes that are in no gradient: broken off, discarded, or by `torch.autograd.grad`."""
-        now = torch._C._current_graph_task_id()
-        self._forget_discarded()
-        self._retain(lambda key: key in (0, now))
-
-    def _retain(self, wanted: Callable[[int], bool]) -> None:
-        kept = [(key, operands) for key, operands in zip(self._passes, self._keeper.kept, strict=True) if wanted(key)]
-        self._passes[:] = [key for key, _ in kept]
-        self._keeper.kept[:] = [operands for _, operands in kept]
-
-    def _accumulated(self, parameter: Tensor) -> None:
-        """After each backward: what was kept of it is in the gradient now."""
-        grad = parameter.grad
-        if grad is None:
-            return
-        self.fresh = self.reached = True
-        if not self._keep_dense:
-            return
-        now = torch._C._current_graph_task_id()
-        self._passes[:] = [0 if key == now else key for key in self._passes]
-        self._seen = weakref.ref(grad), grad._version
-        # Other ranks have a say in what the gradient will be.
-        self._largest = _largest(grad) if _ranks() == 1 else None
-
-    def mask_gradient(self) -> None:
-        """Zero the inert tail of the gradient."""
-        grad = self.parameter.grad
-        if grad is not None and self._materialized:
-            grad[self.nnz :] = 0
-
-    def settle(self) -> None:
-        """Make what was kept agree with the parameter's gradient: as much clipped or unscaled, or forgotten."""
-        if self.holding:
-            return
-        self._retain(lambda key: key == 0)
-        grad = self.parameter.grad
-        if grad is None:
-            self._forget()
-        if grad is None or not self.looked:
-            return
-        self._factor = self._multiple(grad, self.whole)
-
-    def _multiple(self, grad: Tensor, topology: Topology) -> float:
-        """By what the gradient was clipped or unscaled since it was accumulated, with the topology that it has."""
-        if self._largest is None:
-            self._largest = _largest(self._sampled(topology, self._keeper))
-        now = _largest(grad)
-        return now / self._largest if 0 < self._largest < math.inf and now < math.inf else 1.0
-
-    def _forget(self) -> None:
-        self._keeper.kept.clear()
-        self._passes.clear()
-        self._seen, self._largest, self._factor = None, None, 1.0
-
-    def set_aside(self) -> None:
-        """Nothing is to be done: what growth reads lies in the keeper, apart from the gradient."""
-        self.settle()
-
-    def release(self) -> None:
-        """Forget what was kept; or only what was held, while that of the next step is there already."""
-        if self.holding:
-            self.holding = False
-        else:
-            self._forget()
-        self._scale = 1.0
-
-    def use_scale(self, scale: float) -> None:
-        """Divide by `scale` whatever gradients are read: a fused optimizer's step begins with scaled ones."""
-        self._scale = scale
+    def __init__(self, owner: PendingParameter, name: str, rows: slice, out_axis: int, in_axis: int) -> None:
+        self.owner = owner
+        self.name = name
+        self.rows = rows
+        self.out_axis = out_axis
+        self.in_axis = in_axis
+        self.shape = (rows.stop - rows.start, *owner.parameter.shape[1:])
+        self.topology = Topology(self.shape)
+        self.generator = Stream(0, name, 0)
+        self.state: dict[str, Tensor] = {}
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of inputs and output gradients that are kept."""
-        return self._keeper.nbytes + (0 if self._held is None else self._held.nbytes)
+    def has_grad(self) -> bool:
+        """Whether there is a gradient."""
+        return self.owner.gradient.reached
+
+    def _block(self, tensor: Tensor) -> Tensor:
+        """This weight's rows of a tensor of the parameter's shape, (numel,): a view where memory allows."""
+        return tensor.detach()[self.rows].reshape(-1)
+
+    def _active(self, tensor: Tensor) -> Tensor:
+        block = self._block(tensor)
+        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
+
+    def _write(self, tensor: Tensor, positions: Tensor, values: Tensor | float) -> None:
+        """Write `values` (n,) to flat `positions` (n,) of this weight's rows of a tensor of the parameter's shape."""
+        block = self._block(tensor).clone()
+        block[positions.to(block.device)] = values.to(block) if isinstance(values, Tensor) else values
+        tensor.detach()[self.rows] = block.view(self.shape)
+
+    def values(self) -> Tensor:
+        """Active values, (nnz,)."""
+        return self._active(self.owner.parameter).clone()
+
+    def set_values(self, values: Tensor) -> None:
+        """Replace the active values by `values` (nnz,)."""
+        self._write(self.owner.parameter, self.topology.indices, values)
+
+    def grads(self) -> Tensor:
+        """Gradients at the active entries, (nnz,)."""
+        return self._active(self.owner.gradient.read())
+
+    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The gradient at every position, in one block."""
+        yield 0, self._block(self.owner.gradient.read())
+
+    def grads_at(self, positions: Tensor) -> Tensor:
+        """The gradient at ascending flat `positions` (n,), (n,)."""
+        block = self._block(self.owner.gradient.read())
+        return block[positions.to(block.device)]
+
+    def rewire(self, topology: Topology) -> None:
+        """Note the topology; what comes back starts at zero, although its value is still there."""
+        owner = self.owner
+        # Nothing comes back to what is whole, and to look for it would cost as much as the dense weight.
+        newcomers = None if self.topology.is_dense else topology.without(self.topology)
+        if newcomers is not None and newcomers.numel() and not owner.parameter.is_meta:
+            state = weight_shaped_state(owner.optimizer, owner.parameter)
+            moments = {
+                key: starting_moment(owner.optimizer, owner.parameter, self._active(s), None, newcomers.numel())
+                for key, s in state.items()
+                if key in SECOND_MOMENTS
+            }
+            self._write(owner.parameter, newcomers, 0.0)
+            for key, tensor in state.items():
+                self._write(tensor, newcomers, moments.get(key, 0.0))
+        self.topology = topology
+
+    def restore(self, topology: Topology) -> None:
+        """Note a saved topology."""
+        self.topology = topology
+
+
+class CompressedParameter(Stored):
+    """One parameter of which only active values exist, its modules, its optimizer and what growth may read.
+
+    Args:
+        pending: what it was before; its modules hold the parameter in their sparse form already.
+        shape: the dense shape.
+    """
+
+    storage = "compressed"
+
+    def __init__(self, pending: PendingParameter, shape: Sequence[int]) -> None:
+        self.parameter = pending.parameter
+        self.optimizer = pending.optimizer
+        self.gradient = pending.gradient
+        self.shape = tuple(shape)
+        self.holders = [(_sparse(module), name) for module, name in pending.holders]
+        self.operands = KeptOperands(self.gradient, pending.memory)
+        self._weights = [CompressedWeight(self, weight) for weight in pending.weights]
+        self.gradient.watch(self._arrived)
 
     @property
-    def looked(self) -> bool:
-        """Whether there is a gradient at every position for growth to look at, if only from other ranks."""
-        return bool(self._source.kept) or (_ranks() > 1 and self._materialized and (self._keep_dense or self.holding))
+    def weights(self) -> Sequence[CompressedWeight]:
+        """The weights that it holds."""
+        return self._weights
 
-    def require_finite_gradient(self) -> None:
-        """Raise ValueError when the gradient at the active entries is not finite; growth checks the others."""
-        grad = self.parameter.grad
-        if grad is not None and not selection.is_finite(grad):
-            bad = int((~grad.isfinite()).sum())
-            raise ValueError(
-                f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the "
-                "learning rate, or skip such steps with a gradient scaler"
-            )
-
-    def gradient(self) -> Tensor:
-        """The gradient, (capacity,), or of the dense shape before `materialize`.
-
-        Raises:
-            ValueError: when no backward reached the parameter.
-        """
-        grad = self.parameter.grad
-        if grad is None:
-            name = self.weights[0].name
-            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step()")
-        return grad if self._scale == 1 else grad / self._scale
-
-    def gradient_rows(self, low: int, high: int) -> Tensor:
-        """Rows [low, high) of the gradient at every position, flat; the mean over ranks.
-
-        Raises:
-            ValueError: when what it is made of was not kept, as the method did not declare that it needs it.
-        """
-        if not self._materialized:
-            return self.gradient().detach()[low:high].reshape(-1)
-        self._require_kept()
-        size = math.prod(self.shape[1:])
-        if self._source.kept:
-            rows = self._source.rows(low, high, size, self.parameter.dtype).view(-1)
-        else:
-            rows = self.parameter.detach().new_zeros((high - low) * size)
-        return self._mean(rows).mul_(self._factor / self._scale)
-
-    def gradient_at(self, topology: Topology) -> Tensor:
-        """The gradient at the entries of a topology of the whole parameter, (nnz,); the mean over ranks.
-
-        Raises:
-            ValueError: when what it is made of was not kept, as the method did not declare that it needs it.
-        """
-        self._require_kept()
-        return self._sampled(topology, self._source).mul_(self._factor / self._scale)
-
-    def _require_kept(self) -> None:
-        if not self.looked:
-            raise ValueError(
-                f"{self.weights[0].name}: the gradient at inactive positions is not kept here: declare it in the "
-                "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
-            )
-
-    def _sampled(self, topology: Topology, keeper: kernels.Keeper) -> Tensor:
-        """As `gradient_at`, of the gradient as it was accumulated from what a keeper holds."""
-        index = kernels.index(topology)
-        total = self.parameter.detach().new_zeros(topology.nnz)
-        for operands in keeper.kept:
-            total += kernels.sampled(operands, index)
-        return self._mean(total)
-
-    def _mean(self, gradient: Tensor) -> Tensor:
-        if _ranks() > 1:
-            torch.distributed.all_reduce(gradient)
-            gradient /= _ranks()
-        return gradient
-
-    # Values and state
+    @property
+    def whole(self) -> Topology:
+        """The topology of all blocks, sharing memory with the index of the kernels."""
+        module, name = self.holders[0]
+        return module.topology(name)
 
     @property
     def nnz(self) -> int:
         """Active entries of all blocks."""
-        module, name = next(self._sparse())
+        module, name = self.holders[0]
         return module.index(name).nnz
 
-    def project(self) -> None:
-        """Zero the inert tail, whoever wrote to it."""
-        if self._materialized:
-            self.parameter.detach()[self.nnz :] = 0
+    def become(self, room: int, seed: int) -> Stored:
+        """Nothing changes: it is compressed."""
+        return self
 
-    def project_state(self) -> None:
-        """Zero the inert tail of the optimizer's state."""
-        if self._materialized:
-            for state in weight_shaped_state(self.optimizer, self.parameter).values():
-                state[self.nnz :] = 0
+    def remove(self) -> None:
+        """Detach from the parameter, which stays compressed and trains with the topology that it has."""
+        super().remove()
+        self.watch(False)
 
-    def stepping(self, step: int) -> None:
-        """Nothing to do: the optimizer steps the values that the model holds."""
+    # The gradient
+
+    def watch(self, everywhere: bool) -> None:
+        """Whether the coming backward passes keep what the gradient at inactive positions is made of."""
+        if everywhere != self.operands.watched:
+            self.operands.watched = everywhere
+            for module, name in self.holders:
+                if everywhere:
+                    module.keys[name] = self.operands.key
+                else:
+                    module.keys.pop(name, None)
+
+    def _arrived(self, grad: Tensor) -> None:
+        if self.operands.watched:
+            self.operands.arrived(grad)
+
+    def opened(self, loaded: bool) -> None:
+        """Zero the inert tail, and let what was kept follow the parameter's gradient."""
+        super().opened(loaded)
+        self.operands.settle(lambda: self.whole)
+
+    def set_aside(self, lasting: bool = False) -> None:
+        """What growth reads lies in the operands, apart from the gradient; hold it if it is to be `lasting`."""
+        self.mask()
+        if self.operands.watched:
+            self.operands.settle(lambda: self.whole)
+            if lasting:
+                self.operands.hold()
+
+    def mask(self) -> None:
+        """Zero the inert tail of the gradient."""
+        grad = self.parameter.grad
+        if grad is not None and grad.numel() > (nnz := self.nnz):
+            grad[nnz:] = 0
+
+    def closed(self, complete: bool) -> None:
+        """Forget what was kept; where an update was waiting, only what was held for it."""
+        super().closed(complete)
+        self.operands.forget()
+
+    @property
+    def looked(self) -> bool:
+        """Whether there is a gradient at every position for growth to look at, if only from other ranks."""
+        return self.operands.looked
+
+    def kept(self) -> KeptOperands:
+        """What the gradient at every position is read from.
+
+        Raises:
+            ValueError: when it was not kept, as the method did not declare that it needs it.
+        """
+        if not self.operands.looked:
+            raise self.gradient.not_kept()
+        return self.operands
+
+    # Values and state
+
+    def project(self, state: bool) -> None:
+        """Zero the inert tail, whoever wrote to it, and on demand that of the optimizer's `state`."""
+        nnz = self.nnz
+        if self.parameter.numel() == nnz:
+            return
+        self.parameter.detach()[nnz:] = 0
+        for tensor in weight_shaped_state(self.optimizer, self.parameter).values() if state else ():
+            tensor[nnz:] = 0
 
     def stepped(self) -> None:
         """Project after the optimizer's step, unless it is known to leave zeros at zero."""
-        if self.parameter.numel() > self.nnz and not preserves_zeros(self.optimizer, self.parameter):
-            self.project()
-            self.project_state()
+        if not preserves_zeros(self.optimizer, self.parameter):
+            self.project(state=True)
 
     def rewire(self, new: Topology) -> None:
         """Change the topology of the whole parameter, carrying values, gradient and state of the survivors."""
@@ -425,7 +350,7 @@ class CompressedParameter:
         gone = torch.zeros((), dtype=self.parameter.dtype)
         grad = self.parameter.grad
         # Of the next step, where this update waited for an optimizer that did not step.
-        early = self._multiple(grad, old) if grad is not None and self.holding and self._keeper.kept else None
+        early = self.operands.multiple(grad, old) if grad is not None and self.operands.has_next else None
         for tensor in (self.parameter.detach(), *state.values(), *(() if grad is None else (grad,))):
             if old.nnz:
                 tensor[: new.nnz] = torch.where(newcomers, gone.to(tensor), tensor.index_select(0, source))
@@ -433,17 +358,21 @@ class CompressedParameter:
         for key, moment in moments.items():
             state[key][: new.nnz][newcomers] = moment
         if grad is not None and early is not None:
-            grad[: new.nnz][newcomers] = self._sampled(Topology(new.shape, new.without(old)), self._keeper).mul_(early)
-            self._largest = _largest(grad) / early if early else 0.0
+            positions = Topology(new.shape, new.without(old))
+            self.operands.grow_early(grad[: new.nnz], newcomers, positions, early)
         del source, newcomers
-        for module, name in self._sparse():
-            module.rewire(name, new)
+        self.restore(new)
+
+    def restore(self, topology: Topology) -> None:
+        """Take on a topology of the whole parameter, leaving values where they are."""
+        for module, name in self.holders:
+            module.rewire(name, topology)
 
     def _moments(self, moment: Tensor, old: Topology, new: Topology) -> Tensor:
         """The second moments that newcomers start with, in their order."""
-        grown = self.gradient_at(Topology(new.shape, new.without(old))) if self.looked else None
+        grown = self.operands.at(Topology(new.shape, new.without(old))) if self.looked else None
         parts, first = [], 0
-        for weight in self.weights:
+        for weight in self._weights:
             before, after = old.block(*weight.rows), new.block(*weight.rows)
             begin, count = int(old.starts[weight.rows[0]]), after.without(before).numel()
             active = moment[begin : begin + before.nnz]
@@ -456,112 +385,78 @@ class CompressedParameter:
 class CompressedWeight:
     """A `SparseWeight` over a block of rows of a compressed parameter."""
 
-    def __init__(
-        self, owner: CompressedParameter, name: str, rows: tuple[int, int], out_axis: int, in_axis: int
-    ) -> None:
+    def __init__(self, owner: CompressedParameter, pending: PendingWeight) -> None:
         self.owner = owner
-        self.name = name
-        self.rows = rows
-        self.out_axis = out_axis
-        self.in_axis = in_axis
-        self.shape = (rows[1] - rows[0], *owner.shape[1:])
-        self.noted = Topology(self.shape)
-        """The topology until the parameter becomes compressed."""
-        self.generator = Stream(0, name, 0)
-        self.state: dict[str, Tensor] = {}
+        self.name = pending.name
+        self.rows = pending.rows.start, pending.rows.stop
+        self.out_axis = pending.out_axis
+        self.in_axis = pending.in_axis
+        self.shape = pending.shape
+        self.generator = pending.generator
+        self.state = pending.state
 
     @property
     def topology(self) -> Topology:
         """What is active."""
-        return self.owner.whole.block(*self.rows) if self.owner._materialized else self.noted
+        return self.owner.whole.block(*self.rows)
 
     @property
     def has_grad(self) -> bool:
-        """Whether the last backward reached this weight; a gradient that someone zeroed or wrote is looked at."""
-        grad = self.owner.parameter.grad
-        return grad is not None and (self.owner.reached or bool(grad.any()))
+        """Whether the last backward reached this weight."""
+        return self.owner.gradient.reached
 
     def _active(self, tensor: Tensor) -> Tensor:
-        """This weight's part of a tensor that is shaped like the parameter, (nnz,): a view where memory allows."""
-        if not self.owner._materialized:
-            block = tensor[slice(*self.rows)].reshape(-1)
-            return block if self.noted.is_dense else block[self.noted.indices.to(block.device)]
+        """This weight's part of a tensor that is shaped like the parameter, (nnz,): a view."""
         starts = self.owner.whole.starts
-        return tensor[int(starts[self.rows[0]]) : int(starts[self.rows[1]])]
+        return tensor.detach()[int(starts[self.rows[0]]) : int(starts[self.rows[1]])]
 
     def values(self) -> Tensor:
         """Active values, (nnz,)."""
-        return self._active(self.owner.parameter.detach()).clone()
+        return self._active(self.owner.parameter).clone()
 
     def set_values(self, values: Tensor) -> None:
         """Replace the active values by `values` (nnz,)."""
-        if self.owner._materialized:
-            self._active(self.owner.parameter.detach()).copy_(values)
-            return
-        block = self.owner.parameter.detach()[slice(*self.rows)]
-        flat = block.reshape(-1).clone()
-        flat[self.noted.indices.to(flat.device)] = values.to(flat)
-        block.copy_(flat.view(block.shape))
+        self._active(self.owner.parameter).copy_(values)
 
     def grads(self) -> Tensor:
         """Gradients at the active entries, (nnz,)."""
-        return self._active(self.owner.gradient())
+        return self._active(self.owner.gradient.read())
 
     def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The gradient at every position, in blocks of whole rows."""
-        low, high = self.rows
+        kept, (low, high) = self.owner.kept(), self.rows
         size = max(1, math.prod(self.shape[1:]))
         step = max(1, _BLOCK // size)
         for row in range(low, high, step):
-            yield (row - low) * size, self.owner.gradient_rows(row, min(high, row + step))
+            yield (row - low) * size, kept.rows(row, min(high, row + step), math.prod(self.shape[1:]))
 
     def grads_at(self, positions: Tensor) -> Tensor:
         """The gradient at ascending flat `positions` (n,), (n,)."""
-        low, high = self.rows
-        if not self.owner._materialized:
-            return self.owner.gradient_rows(low, high)[positions]
-        first = low * math.prod(self.shape[1:])
-        return self.owner.gradient_at(Topology(self.owner.shape, positions + first))
+        first = self.rows[0] * math.prod(self.shape[1:])
+        return self.owner.kept().at(Topology(self.owner.shape, positions + first))
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
-        if topology == self.topology:
-            return
-        if not self.owner._materialized:
-            if not self.noted.is_dense:
-                self._blank(topology.without(self.noted))
-            self.noted = topology
-            return
-        self.owner.rewire(self._whole_with(topology))
-
-    def _blank(self, newcomers: Tensor) -> None:
-        """What comes back before `materialize`: its value is still there, and must be zero."""
-        owner = self.owner
-        if newcomers.numel() == 0 or owner.parameter.is_meta:
-            return
-        state = weight_shaped_state(owner.optimizer, owner.parameter)
-        for key, tensor in {"": owner.parameter.detach(), **state}.items():
-            block = tensor[slice(*self.rows)]
-            flat = block.reshape(-1).clone()
-            flat[newcomers.to(flat.device)] = 0
-            if key in SECOND_MOMENTS:
-                flat[newcomers.to(flat.device)] = starting_moment(
-                    owner.optimizer, owner.parameter, self._active(tensor), None, newcomers.numel()
-                )
-            block.copy_(flat.view(block.shape))
+        if topology != self.topology:
+            self.owner.rewire(self._whole_with(topology))
 
     def restore(self, topology: Topology) -> None:
         """Take on a saved topology without touching values or optimizer state."""
-        if not self.owner._materialized:
-            self.noted = topology
-            return
-        whole = self._whole_with(topology)
-        for module, name in self.owner._sparse():
-            module.rewire(name, whole)
+        self.owner.restore(self._whole_with(topology))
 
     def _whole_with(self, topology: Topology) -> Topology:
         """The topology of the whole parameter, with this block's replaced."""
         return Topology.stack([topology if w is self else w.topology for w in self.owner.weights])
+
+
+def _sparse(module: nn.Module) -> SparseModule:
+    """The module in its sparse form, which it takes on if it has not yet."""
+    if not isinstance(module, SparseModule):
+        cls = sparse_class(module)
+        assert cls is not None
+        cls.adopt(module, {})
+    assert isinstance(module, SparseModule)
+    return module
 
 
 def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Holder]) -> None:
@@ -604,13 +499,3 @@ def _gathered(dense: Tensor, topology: Topology, capacity: int) -> Tensor:
     flat = dense.detach().reshape(-1)
     values[: topology.nnz] = flat if topology.is_dense else flat[topology.indices.to(flat.device)]
     return values
-
-
-def _largest(grad: Tensor) -> float:
-    return float(grad.abs().max()) if grad.numel() else 0.0
-
-
-def _ranks() -> int:
-    """Ranks over which gradients are averaged."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -8,25 +8,25 @@ gradient during a step.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.core import selection
 from regrow.core.draws import Stream
 from regrow.core.method import Latent, Parts
 from regrow.core.topology import Topology
-from regrow.storage.masked import zero_outside
+from regrow.storage.gradient import Gradient
+from regrow.storage.masked import masked_twin, zero_outside
 from regrow.storage.state import add_beside, gradient_scale, has_scheduler, take_out
+from regrow.storage.stored import Stored
 
 LATENT = "latent"
 """The key of the latent values in a weight's state."""
 
 
-class LatentParameter:
+class LatentParameter(Stored):
     """One dense parameter, the latent values that it is computed from, and its optimizer.
 
     Args:
@@ -37,6 +37,8 @@ class LatentParameter:
         in_axis: which axis counts the inputs.
         latent: how the weight is computed.
     """
+
+    storage = "masked"
 
     def __init__(
         self,
@@ -49,51 +51,56 @@ class LatentParameter:
     ) -> None:
         self.parameter = parameter
         self.optimizer = optimizer
+        self.gradient = Gradient(parameter, names[0])
         self.latent = latent
-        self.keep_dense = True
-        self.fresh = False
-        """Whether a backward reached the parameter since the last step began."""
-        self.reached = False
-        """Whether a backward reached the parameter since the last step ended."""
-        self.holding = False
         self.drawn = False
         """Whether the parameter holds the noisy weight of a training forward."""
-        self.restored = False
+        self._restored = False
         """Whether topologies and state were loaded, and the parameter is yet to be computed from them."""
         self._through_noise = False
+        """Whether the gradient is that of a noisy weight."""
         self._given: Tensor | None = None
-        self._scale = 1.0
+        """The parameter's own gradient, while that of the latent values is in its place."""
         self._version = parameter._version
+        """Of the parameter, when it was computed last."""
         rows = parameter.shape[0] // len(names)
-        self.weights = [
+        self._weights = [
             LatentWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
         ]
-        accumulated = weakref.WeakMethod(self._accumulated)
+        self.gradient.watch(self._arrived)
 
-        def hook(parameter: Tensor) -> None:
-            """Weak, since the garbage collector does not see through a tensor's hooks."""
-            if (call := accumulated()) is not None:
-                call()
+    @property
+    def weights(self) -> Sequence[LatentWeight]:
+        """The weights that it holds."""
+        return self._weights
 
-        self._handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
-    def require_free(self) -> None:
-        """Nothing can be in the way."""
-
-    def materialize(self, room: int, seed: int) -> None:
+    def become(self, room: int, seed: int) -> Stored:
         """Compute the weight."""
         self.write(drawn=False)
+        return self
 
     def remove(self) -> None:
         """Detach from parameter and optimizer; the weight that is evaluated stays."""
         if self.drawn:
             self.write(drawn=False)
-        self._handle.remove()
+        super().remove()
         take_out(self.optimizer, [t for w in self.weights for t in w.trained.values()])
+
+    def hardened(self, remember: Collection[str]) -> Stored:
+        """The weight as it is evaluated, in masked storage; of the weights' state what is to `remember` goes along."""
+        self.remove()
+        states = [{key: w.state[key] for key in remember if key in w.state} for w in self.weights]
+        twin = masked_twin(self, [w.topology for w in self.weights], states)
+        twin.mask()
+        return twin
+
+    def shows(self, training: bool) -> bool:
+        """Whether it holds the noisy weight of this step for a training forward, or else the one that is evaluated."""
+        return training == self.drawn
 
     def show(self, training: bool) -> None:
         """Hold the noisy weight of this step for a training forward, or else the one that is evaluated."""
-        if training != self.drawn:
+        if not self.shows(training):
             self.write(drawn=training)
 
     def write(self, drawn: bool) -> None:
@@ -106,76 +113,41 @@ class LatentParameter:
         """What is in the parameter now was computed here."""
         self._version = self.parameter._version
 
-    def _accumulated(self) -> None:
-        self.fresh = self.reached = True
-        self._through_noise = self.drawn
-        self.mask_gradient()
+    def restored(self) -> None:
+        """Topologies were loaded: the parameter is to be computed when its state is there too."""
+        self._restored = True
 
-    def mask_gradient(self) -> None:
+    def _arrived(self, grad: Tensor) -> None:
+        self._through_noise = self.drawn
+        self.mask()
+
+    def mask(self) -> None:
         """Zero the gradient where the method does not read it."""
         grad = self.parameter.grad
         if grad is not None and self.latent.reach is not None:
             for weight in self.weights:
                 zero_outside(grad[weight.rows], self.latent.reach(weight.parts()).to(grad.device))
 
-    def settle(self) -> None:
-        """Nothing is set aside."""
-
-    def set_aside(self) -> None:
-        """The gradient is read where it is; zero it where it is not read."""
-        self.mask_gradient()
-
-    def release(self) -> None:
-        """Forget the scale of the gradient."""
-        self._scale = 1.0
-
-    def use_scale(self, scale: float) -> None:
-        """Divide by `scale` whatever gradients are read: a fused optimizer's step begins with scaled ones."""
-        self._scale = scale
-
-    def gradient(self) -> Tensor:
-        """The gradient with respect to the effective weight, of the parameter's shape.
-
-        Raises:
-            ValueError: when no backward reached the parameter.
-        """
-        grad = self.parameter.grad
-        if grad is None:
-            name = self.weights[0].name
-            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step()")
-        return grad if self._scale == 1 else grad / self._scale
-
-    def require_finite_gradient(self) -> None:
-        """Raise ValueError when the gradient is not finite."""
-        grad = self.parameter.grad
-        if grad is not None and not selection.is_finite(grad):
-            bad = int((~grad.isfinite()).sum())
-            raise ValueError(
-                f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite: lower the learning "
-                "rate, or skip such steps with a gradient scaler"
-            )
-
-    def project(self) -> None:
+    def project(self, state: bool) -> None:
         """Compute the weight anew where state was loaded; refuse values that were written over it.
+
+        The optimizer's state is that of the latent values, which live everywhere.
 
         Raises:
             ValueError: when the parameter is not what was computed last.
         """
-        if self.restored:
+        if self._restored:
             for weight in self.weights:
                 weight.adopt()
             self.write(drawn=False)
-            self.restored = False
+            self._restored = False
         elif self._version != self.parameter._version:
             if not all(weight.is_written(self.drawn) for weight in self.weights):
                 raise ValueError(
-                    f"{self.weights[0].name} was written to from outside, and is computed from latent values, which "
+                    f"{self.gradient.name} was written to from outside, and is computed from latent values, which "
                     "would be lost: load or change weights before regrow.sparsify, or load the sparsifier's state too"
                 )
             self.wrote()
-
-    def project_state(self) -> None:
-        """Nothing to do: the state is that of the latent values, which live everywhere."""
 
     def stepping(self, step: int) -> None:
         """Put the latent values and their gradient in the places of the weight and its own."""
@@ -204,6 +176,11 @@ class LatentParameter:
             weight.noise = None
         self.write(drawn=False)
 
+    def rewired(self) -> None:
+        """A topology changed: the parameter is computed with it at once."""
+        self._restored = False
+        self.write(self.drawn)
+
 
 class LatentWeight:
     """A `SparseWeight` over a block of rows of a parameter that is computed from latent values."""
@@ -227,9 +204,8 @@ class LatentWeight:
 
     @property
     def has_grad(self) -> bool:
-        """Whether the last backward reached this weight; a gradient that someone zeroed or wrote is looked at."""
-        grad = self.owner.parameter.grad
-        return grad is not None and (self.owner.reached or bool(grad.any()))
+        """Whether the last backward reached this weight."""
+        return self.owner.gradient.reached
 
     def parts(self, noise: Tensor | None = None, trained: Mapping[str, Tensor] | None = None) -> Parts:
         """What the weight is computed from, `trained` tensors in the place of those held."""
@@ -314,20 +290,22 @@ class LatentWeight:
         return block[positions.to(block.device)]
 
     def _gradient(self) -> Tensor:
-        return self.owner.gradient().detach()[self.rows].reshape(-1)
+        return self.owner.gradient.read().detach()[self.rows].reshape(-1)
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology; latent values and their optimizer state stay as they are everywhere."""
         if topology != self.topology:
-            self.restore(topology)
-            self.owner.restored = False
-            self.write(self.owner.drawn)
+            self._take(topology)
+            self.owner.rewired()
 
     def restore(self, topology: Topology) -> None:
         """Take on a saved topology; the parameter is computed when its state is there too."""
+        self._take(topology)
+        self.owner.restored()
+
+    def _take(self, topology: Topology) -> None:
         self.topology = topology.to(self.owner.parameter.device)
         self.mask = self.topology.mask.to(self.owner.parameter.device)
-        self.owner.restored = True
 
     def _noise(self) -> Tensor:
         draw = self.owner.latent.noise

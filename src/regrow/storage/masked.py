@@ -1,23 +1,25 @@
 """Masked storage: parameters stay dense tensors that are zero outside their topology.
 
-Works with every model, device and optimizer. Beside what dense training holds it takes one byte per entry (the mask),
-four per active entry (its place in its row), and at an update a copy of the gradient. Where a method does not need
-them, inactive gradients are zeroed as they accumulate, so clipping never sees them; momentum never sees them at all.
+It works with every model, device and optimizer. Beside what dense training holds it takes one byte per entry (the
+mask), four per active entry (its place in its row), and at an update a copy of the gradient. Where a method does not
+need inactive gradients, they are zeroed as they accumulate: clipping never sees them. Momentum never sees them at all.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.core import selection
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology
+from regrow.core.weight import SparseWeight
+from regrow.storage.gradient import Gradient
 from regrow.storage.state import (
     SECOND_MOMENTS,
     forget_other_state,
@@ -25,6 +27,7 @@ from regrow.storage.state import (
     starting_moment,
     weight_shaped_state,
 )
+from regrow.storage.stored import Draft, Stored
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -37,7 +40,23 @@ def zero_outside(tensor: Tensor, mask: Tensor) -> None:
     tensor.detach().view(_BITS[tensor.element_size()]).mul_(mask)
 
 
-class MaskedParameter:
+@dataclass
+class _Aside:
+    """A gradient that was set aside, and the one in the parameter that it was copied from."""
+
+    whole: Tensor
+    """At every position."""
+    source: weakref.ref[Tensor]
+    version: int
+    """Of the source, when its inactive entries had been zeroed."""
+    lasting: bool = False
+
+    def is_of(self, grad: Tensor) -> bool:
+        """Whether it was copied from `grad`."""
+        return self.source() is grad
+
+
+class MaskedParameter(Stored):
     """One dense parameter with its mask, its optimizer and its gradient, shared by its one or several weights.
 
     Args:
@@ -48,118 +67,106 @@ class MaskedParameter:
         in_axis: which axis counts the inputs.
     """
 
+    storage = "masked"
+
     def __init__(
         self, parameter: nn.Parameter, optimizer: Optimizer, names: Sequence[str], out_axis: int, in_axis: int
     ) -> None:
         self.parameter = parameter
         self.optimizer = optimizer
-        self.keep_dense = False
-        """Whether the coming backward passes leave the gradient at inactive positions in place."""
-        self.fresh = False
-        """Whether a backward reached the parameter since the last step began."""
-        self.holding = False
-        """Whether what was set aside outlives the next backward, for an update that is still to come."""
-        self.reached = False
-        """Whether a backward reached the parameter since the last step ended."""
-        self.mask: Tensor | None = None
-        self._held: Tensor | None = None
-        self._source: tuple[weakref.ref[Tensor], int] | None = None
-        self._scale = 1.0
+        self.gradient = Gradient(parameter, names[0])
+        self._mask: Tensor | None = None
+        self._everywhere = True
+        self._aside: _Aside | None = None
         rows = parameter.shape[0] // len(names)
-        self.weights = [
+        self._weights = [
             MaskedWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
         ]
-        accumulated = weakref.WeakMethod(self._accumulated)
+        self.gradient.watch(self._arrived)
 
-        def hook(parameter: Tensor) -> None:
-            """Weak, since the garbage collector does not see through a tensor's hooks."""
-            if (call := accumulated()) is not None:
-                call(parameter)
+    @property
+    def weights(self) -> Sequence[MaskedWeight]:
+        """The weights that it holds."""
+        return self._weights
 
-        self._handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
-    def require_free(self) -> None:
-        """Nothing can be in the way."""
-
-    def materialize(self, room: int, seed: int) -> None:
+    def become(self, room: int, seed: int) -> Stored:
         """Nothing changes: the parameter stays what it is."""
+        return self
 
-    def remove(self) -> None:
-        """Detach from the parameter, which keeps its values."""
-        self._handle.remove()
+    # The gradient
 
-    def _accumulated(self, parameter: Tensor) -> None:
-        """After each backward: mask the new gradient, unless it is wanted at every position."""
-        grad = parameter.grad
-        if grad is None:
-            return
-        self.fresh = self.reached = True
-        if self._held is not None and not self.holding:
-            if self._is_source(grad) and self._source is not None and grad._version == self._source[1] + 1:
+    def watch(self, everywhere: bool) -> None:
+        """Whether the coming backward passes leave the gradient at inactive positions in place."""
+        self._everywhere = everywhere
+
+    def _arrived(self, grad: Tensor) -> None:
+        aside = self._aside
+        if aside is not None and not aside.lasting:
+            if aside.is_of(grad) and grad._version == aside.version + 1:
                 raise RuntimeError(
-                    f"{self.weights[0].name}: a backward came after mask_gradients() in the same step: call it once, "
+                    f"{self.gradient.name}: a backward came after mask_gradients() in the same step: call it once, "
                     "after the last backward and before clipping"
                 )
-            self._held = None
-        if not self.keep_dense:
-            self.mask_gradient()
+            self._aside = None
+        if not self._everywhere:
+            self.mask()
 
-    def mask_gradient(self) -> None:
+    def mask(self) -> None:
         """Zero the gradient outside the topology."""
         grad = self.parameter.grad
-        if grad is not None and self.mask is not None:
+        if grad is not None and self._mask is not None:
             zero_outside(grad, self.mask_on(grad.device))
 
-    def _is_source(self, grad: Tensor | None) -> bool:
-        return grad is not None and self._source is not None and self._source[0]() is grad
+    def opened(self, loaded: bool) -> None:
+        """Zero values outside the topology, and let what was set aside follow the parameter's gradient."""
+        super().opened(loaded)
+        self._settle()
 
-    def settle(self) -> None:
-        """Make what was set aside agree with the parameter's gradient: as much clipped or unscaled, or forgotten."""
-        grad = self.parameter.grad
-        if self._held is None or self.holding:
+    def _settle(self) -> None:
+        """Clip or unscale what was set aside as the parameter's gradient was since, or forget it where that is gone."""
+        grad, aside = self.parameter.grad, self._aside
+        if aside is None or aside.lasting:
             return
-        if grad is None or not self._is_source(grad):
-            self._held = None
+        if grad is None or not aside.is_of(grad):
+            self._aside = None
             return
-        largest = self._held if self.mask is None else self._held.abs().mul_(self.mask_on(grad.device))
-        before, now = float(largest.abs().max()), float(grad.abs().max())
+        active = aside.whole if self._mask is None else aside.whole.abs().mul_(self.mask_on(grad.device))
+        before, now = float(active.abs().max()), float(grad.abs().max())
         if before != now and 0 < before < math.inf and now < math.inf:
-            self._held.mul_(now / before)
+            aside.whole.mul_(now / before)
 
-    def set_aside(self) -> None:
-        """Keep a copy of the gradient at every position until `release`, and mask the parameter's own."""
-        self.settle()
+    def reading(self, update: bool) -> None:
+        """Note the scale of the gradient; what an update reads must be finite, set aside or not."""
+        super().reading(update=False)
+        if update:
+            self.gradient.require_finite(self._latest)
+
+    def set_aside(self, lasting: bool = False) -> None:
+        """Keep a copy of the gradient at every position, where it is there, and mask the parameter's own."""
+        if not self._everywhere:
+            self.mask()
+            return
+        self._settle()
         grad = self.parameter.grad
-        if self._held is None and grad is not None:
-            self._held = grad.detach().clone()
-            self.mask_gradient()
-            self._source = weakref.ref(grad), grad._version
+        if self._aside is None and grad is not None:
+            whole = grad.detach().clone()
+            self.mask()
+            self._aside = _Aside(whole, weakref.ref(grad), grad._version)
+        if self._aside is not None:
+            self._aside.lasting = lasting
 
-    def use_scale(self, scale: float) -> None:
-        """Divide by `scale` whatever gradients are read: a fused optimizer's step begins with scaled ones."""
-        self._scale = scale
-
-    def release(self) -> None:
+    def closed(self, complete: bool) -> None:
         """Forget the gradient that was set aside."""
-        self._held = None
-        self.holding = False
-        self._scale = 1.0
+        super().closed(complete)
+        self._aside = None
 
+    @property
     def _latest(self) -> Tensor | None:
-        """What was set aside, or else the parameter's gradient."""
-        return self._held if self._held is not None else self.parameter.grad
+        return None if self._aside is None else self._aside.whole
 
-    def gradient(self) -> Tensor:
-        """The gradient, of the parameter's shape; at every position where it was kept, else at the active ones.
-
-        Raises:
-            ValueError: when no backward reached the parameter.
-        """
-        grad = self._latest()
-        if grad is None:
-            name = self.weights[0].name
-            raise ValueError(f"{name} has no gradient: call loss.backward() before optimizer.step()")
-        return grad if self._scale == 1 else grad / self._scale
+    def active_gradient(self) -> Tensor:
+        """The gradient, of the parameter's shape; at every position where it was kept, else at the active ones."""
+        return self.gradient.read(self._latest)
 
     def everywhere(self) -> Tensor:
         """The gradient at every position, of the parameter's shape.
@@ -167,60 +174,61 @@ class MaskedParameter:
         Raises:
             ValueError: when its inactive entries were zeroed, as the method did not declare that it needs them.
         """
-        if self._held is None and not self.keep_dense:
-            raise ValueError(
-                f"{self.weights[0].name}: the gradient at inactive positions is not kept here: declare it in the "
-                "method's needs (Need.GRADIENT or Need.EVERY_GRADIENT)"
-            )
-        return self.gradient()
+        if self._aside is None and not self._everywhere:
+            raise self.gradient.not_kept()
+        return self.active_gradient()
 
     @property
     def looked(self) -> bool:
         """Whether the gradient at every position was set aside, for growth to look at."""
-        return self._held is not None
+        return self._aside is not None
 
-    def require_finite_gradient(self) -> None:
-        """Raise ValueError when the gradient that an update would read is not finite."""
-        grad = self._latest()
-        if grad is not None and not selection.is_finite(grad):
-            bad = int((~grad.isfinite()).sum())
-            raise ValueError(
-                f"{self.weights[0].name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the "
-                "learning rate, or skip such steps with a gradient scaler"
-            )
+    # Values and state
 
-    def project(self) -> None:
-        """Zero values outside the topology, whoever wrote them."""
-        if self.mask is not None:
-            zero_outside(self.parameter, self.mask_on(self.parameter.device))
-
-    def project_state(self) -> None:
-        """Zero optimizer state outside the topology."""
-        if self.mask is not None:
-            for state in weight_shaped_state(self.optimizer, self.parameter).values():
-                zero_outside(state, self.mask_on(state.device))
-
-    def stepping(self, step: int) -> None:
-        """Nothing to do: the optimizer steps the values that the model holds."""
+    def project(self, state: bool) -> None:
+        """Zero values outside the topology, whoever wrote them, and on demand the optimizer's `state`."""
+        if self._mask is None:
+            return
+        zero_outside(self.parameter, self.mask_on(self.parameter.device))
+        for tensor in weight_shaped_state(self.optimizer, self.parameter).values() if state else ():
+            zero_outside(tensor, self.mask_on(tensor.device))
 
     def stepped(self) -> None:
         """Project after the optimizer's step, unless it is known to leave zeros at zero."""
         if not preserves_zeros(self.optimizer, self.parameter):
-            self.project()
-            self.project_state()
+            self.project(state=True)
 
     def mask_on(self, device: torch.device) -> Tensor:
         """The mask, moved along where the model was moved."""
-        assert self.mask is not None
-        if self.mask.device != device:
-            self.mask = self.mask.to(device)
-        return self.mask
+        assert self._mask is not None
+        if self._mask.device != device:
+            self._mask = self._mask.to(device)
+        return self._mask
 
     def write_mask(self, rows: slice, mask: Tensor) -> None:
         """Replace the mask of a block of rows."""
-        if self.mask is None:
-            self.mask = torch.ones_like(self.parameter, dtype=torch.bool, requires_grad=False)
+        if self._mask is None:
+            self._mask = torch.ones_like(self.parameter, dtype=torch.bool, requires_grad=False)
         self.mask_on(self.parameter.device)[rows] = mask.to(self.parameter.device)
+
+
+def masked_twin(
+    other: Draft, topologies: Sequence[Topology], states: Sequence[Mapping[str, Tensor]]
+) -> MaskedParameter:
+    """The parameter of another storage in masked storage.
+
+    Args:
+        other: gives parameter, optimizer and names.
+        topologies: of each of its weights.
+        states: what each of its weights goes on to remember.
+    """
+    weights: Sequence[SparseWeight] = other.weights
+    names, out_axis, in_axis = [w.name for w in weights], weights[0].out_axis, weights[0].in_axis
+    twin = MaskedParameter(other.parameter, other.optimizer, names, out_axis, in_axis)
+    for weight, topology, state in zip(twin.weights, topologies, states, strict=True):
+        weight.state = dict(state)
+        weight.rewire(topology)
+    return twin
 
 
 class MaskedWeight:
@@ -239,9 +247,8 @@ class MaskedWeight:
 
     @property
     def has_grad(self) -> bool:
-        """Whether the last backward reached this weight; a gradient that someone zeroed or wrote is looked at."""
-        grad = self.owner.parameter.grad
-        return grad is not None and (self.owner.reached or bool(grad.any()))
+        """Whether the last backward reached this weight."""
+        return self.owner.gradient.reached
 
     def _block(self, tensor: Tensor) -> Tensor:
         """This weight's rows of a parameter-shaped tensor, (numel,): a view where memory allows."""
@@ -263,7 +270,7 @@ class MaskedWeight:
 
     def grads(self) -> Tensor:
         """Gradients at the active entries, (nnz,)."""
-        return self._active(self.owner.gradient())
+        return self._active(self.owner.active_gradient())
 
     def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The gradient at every position, in one block."""

@@ -1,0 +1,382 @@
+"""The training step as a state machine: what a method does before and after the arithmetic of the optimizers.
+
+Between two training steps `Stepper.open` is None. A step is opened by the first optimizer that begins to step, and
+closed when every optimizer has stepped. Its kind is known beforehand:
+
+    ordinary   the optimizers step, with gradients of active entries only
+    start      the first topologies are made from this gradient; the optimizers do nothing this time
+    instead    an update takes the place of the step; the optimizers do nothing this time
+    after      gradients are set aside, the optimizers step, then the update follows
+
+| from     | what happens                                          | does                              | to    |
+| -------- | ----------------------------------------------------- | --------------------------------- | ----- |
+| None     | an optimizer begins to step                           | `_open`                           | OPEN  |
+| None     | the same, and what is due cannot be done or raises    | nothing is counted                | None  |
+| OPEN     | another optimizer begins, no backward in between      | joins the step                    | OPEN  |
+| OPEN     | an optimizer begins after a new backward              | `_lapse`, `_open`                 | OPEN  |
+| OPEN     | an optimizer begins that stepped already, or raised   | `_lapse`, `_open`                 | OPEN  |
+| OPEN     | an optimizer begins inside the same backward          | joins, its own gradients are read | OPEN  |
+| OPEN     | an optimizer has stepped, others have not             | gives back what was hidden        | OPEN  |
+| OPEN     | the last optimizer has stepped                        | `_close`                          | None  |
+| any      | a step is skipped by a gradient scaler, or is nested  | nothing                           | same  |
+| any      | an optimizer's state is loaded                        | it is projected at the next step  | same  |
+| any      | the sparsifier's state is loaded                      | `resume`                          | None  |
+
+A step with a closure, or inside a backward, has its gradients late: `_close` reads them.
+`_lapse` applies an update that was set aside for optimizers that never stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow.core.draws import Stream
+from regrow.core.method import Method, Need, Probe
+from regrow.core.topology import Topology
+from regrow.core.weight import Weights
+from regrow.engine.optimizers import StepArguments, closure_of, is_nested, skips_step, with_closure
+from regrow.engine.probe import NoProbe
+from regrow.parts.observers import mark_explored
+from regrow.storage.stored import Stored
+
+Kind = Literal["ordinary", "start", "instead", "after"]
+"""What a training step does to topologies, and when."""
+
+OUTSIDE = -1
+"""What stands for the number of a backward where none is under way."""
+
+
+def plan(method: Method, started: bool, number: int) -> Kind:
+    """What training step `number` (the first is 1) does.
+
+    Examples:
+        >>> from regrow import methods
+        >>> [plan(methods.rigl(0.1, until=350), True, number) for number in (99, 100)]
+        ['ordinary', 'instead']
+    """
+    if not started:
+        return "start"
+    return method.timing if method.due(number) else "ordinary"
+
+
+def reads_everywhere(method: Method, kind: Kind) -> bool:
+    """Whether a step of this kind reads the gradient at inactive positions."""
+    return (
+        kind == "start" or Need.EVERY_GRADIENT in method.needs or (kind != "ordinary" and Need.GRADIENT in method.needs)
+    )
+
+
+def weights_of(parameters: Sequence[Any], outside: int) -> Weights:
+    """The weights of all parameters, with the entries outside that count in the budget, all of them active."""
+    return Weights(tuple(w for p in parameters for w in p.weights), outside, outside)
+
+
+def draw_for(weights: Weights, seed: int, step: int) -> None:
+    """Give each weight the draws of a step."""
+    for weight in weights:
+        weight.generator = Stream(seed, weight.name, step)
+
+
+def begin(method: Method, weights: Weights, seed: int, probe: Probe | None = None) -> None:
+    """Make the first topologies."""
+    draw_for(weights, seed, 0)
+    method.start.make(weights, probe or NoProbe())
+    _note_explored(method, weights, None)
+
+
+def _note_explored(method: Method, weights: Weights, before: Sequence[Topology] | None) -> None:
+    if Need.EXPLORED in method.needs:
+        for i, weight in enumerate(weights):
+            mark_explored(weight, None if before is None else before[i])
+
+
+@dataclass
+class Step:
+    """A training step that is open."""
+
+    number: int
+    kind: Kind
+    late: bool
+    """Whether gradients come while the optimizers step: from a closure, or from the backward that they step in."""
+    backward: int = OUTSIDE
+    """Which backward the optimizers step in."""
+    stepped: set[int] = field(default_factory=set)
+    """Optimizers that began to step, by id."""
+    hidden: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Gradients that are hidden from the optimizers."""
+    waits: bool = False
+    """Whether gradients were set aside for an update that is still to come."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it takes the place of the optimizers' step."""
+        return self.kind in ("start", "instead")
+
+
+class Stepper:
+    """Opens and closes the training steps of one run, from the hooks of its optimizers.
+
+    Args:
+        method: what is due when.
+        parameters: as their storages hold them.
+        outside: entries outside that count in the budget.
+        optimizers: those that together hold the parameters.
+        seed: of the draws.
+        started: whether the first topologies are made.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        parameters: Sequence[Stored],
+        outside: int,
+        optimizers: Sequence[Optimizer],
+        seed: int,
+        started: bool,
+    ) -> None:
+        self.optimizers = list(optimizers)
+        self.seed = seed
+        self.number = 0
+        """Steps so far, updates that took the place of one included."""
+        self.updates = 0
+        """Topology updates so far."""
+        self.started = started
+        self.open: Step | None = None
+        self._outside = outside
+        self._arrivals = 0
+        """Backward passes that belong to steps so far."""
+        self._loaded: set[int] = set()
+        """Optimizers whose state was loaded and not projected since, by id."""
+        self._handles: list[Any] = []
+        self.take(method, parameters)
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
+            self._handles.append(optimizer.register_step_post_hook(self._after))
+            self._handles.append(optimizer.register_load_state_dict_post_hook(self._noticed))
+
+    def take(self, method: Method, parameters: Sequence[Stored]) -> None:
+        """Go on with this method and these parameters."""
+        self.method = method
+        self.parameters = list(parameters)
+        self.weights = weights_of(self.parameters, self._outside)
+        self._watch()
+
+    def remove(self) -> None:
+        """Take all hooks out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def resume(self, number: int, updates: int, started: bool, seed: int) -> None:
+        """Go on between two steps where another run stopped; topologies and state are already those of that run."""
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.closed(complete=False)
+                parameter.project(state=True)
+        self.number, self.updates, self.started, self.seed = number, updates, started, seed
+        self.open = None
+        self._watch()
+
+    def set_gradients_aside(self) -> None:
+        """Leave gradients of active entries only, and keep what the coming step reads of the others."""
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.set_aside()
+
+    # Transitions
+
+    def _noticed(self, optimizer: Optimizer) -> None:
+        # State may come from a dense run, and topologies are loaded after it.
+        self._loaded.add(id(optimizer))
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepArguments | None:
+        if skips_step(optimizer) or is_nested(optimizer):
+            return None
+        closure = closure_of(optimizer, args, kwargs)
+        backward = torch._C._current_graph_task_id()
+        with torch.no_grad():
+            step = self.open
+            if step is None or not self._joins(step, optimizer, backward):
+                if step is not None:
+                    self._lapse(step)
+                step = self._open(optimizer, closure is not None, backward)
+            elif backward != OUTSIDE:
+                self._open_own(step, optimizer)
+            step.stepped.add(id(optimizer))
+            if step.replaces:
+                _hide(step, optimizer)
+            else:
+                for parameter in self._of(optimizer):
+                    parameter.stepping(step.number)
+        return None if closure is None else with_closure(self._watched(closure), optimizer, args, kwargs)
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if skips_step(optimizer) or is_nested(optimizer):
+            return
+        with torch.no_grad():
+            step = self.open
+            if step is not None:
+                _give_back(step, [p for g in optimizer.param_groups for p in g["params"]])
+            for parameter in self._of(optimizer):
+                parameter.stepped()
+            self._arrivals = self._arrived()
+            if step is not None and len(step.stepped) == len(self.optimizers):
+                self._close(step)
+            if step is None or self.open is None or step.backward == OUTSIDE:
+                # While a backward is under way, what it still brings belongs to this step.
+                self._watch()
+
+    def _joins(self, step: Step, optimizer: Optimizer, backward: int) -> bool:
+        """Whether the optimizer takes part in the open step."""
+        if id(optimizer) in step.stepped:
+            return False
+        return backward == step.backward if backward != OUTSIDE else self._arrived() == self._arrivals
+
+    def _open(self, optimizer: Optimizer, has_closure: bool, backward: int) -> Step:
+        number = self.number + 1
+        step = Step(number, plan(self.method, self.started, number), has_closure or backward != OUTSIDE, backward)
+        self._require_possible(step, has_closure)
+        draw_for(self.weights, self.seed, number)
+        if backward != OUTSIDE:
+            # Other weights are still to be read by the backward that is under way.
+            self._open_own(step, optimizer)
+        else:
+            self._open_all(step)
+        self._arrivals = self._arrived()
+        self.open, self.number = step, number
+        return step
+
+    def _open_all(self, step: Step) -> None:
+        for parameter in self.parameters:
+            parameter.opened(id(parameter.optimizer) in self._loaded)
+        self._loaded.clear()
+        if not step.late:
+            self._read(step)
+        if step.kind == "start":
+            begin(self.method, self.weights, self.seed)
+            self.started = True
+        elif step.kind == "instead":
+            self._update(step.number)
+        for parameter in self.parameters:
+            parameter.mask()
+
+    def _open_own(self, step: Step, optimizer: Optimizer) -> None:
+        """Open what one optimizer holds, of which the gradient is there and the others' may not be."""
+        loaded = id(optimizer) in self._loaded
+        for parameter in self._of(optimizer):
+            parameter.opened(loaded)
+            parameter.set_aside(lasting=step.kind == "after")
+        self._loaded.discard(id(optimizer))
+
+    def _lapse(self, step: Step) -> None:
+        """End a step some of whose optimizers never stepped, after a new backward began the next one."""
+        _give_back(step, list(step.hidden))
+        if step.waits:
+            self._update(step.number)
+            for parameter in self.parameters:
+                parameter.closed(complete=False)
+        self.open = None
+
+    def _close(self, step: Step) -> None:
+        """End a step whose optimizers have all stepped."""
+        if step.late:
+            self._read(step)
+        if step.waits:
+            self._update(step.number)
+        for parameter in self.parameters:
+            parameter.closed(complete=True)
+            if step.kind != "ordinary":
+                parameter.mask()
+        self.open = None
+
+    # What transitions do
+
+    def _require_possible(self, step: Step, has_closure: bool) -> None:
+        """Raise ValueError for a step whose gradients come too late for what is due."""
+        if not step.late:
+            return
+        where = "a step with a closure" if has_closure else "an optimizer that steps inside of the backward pass"
+        if step.replaces:
+            way_out = (
+                'pass timing="after" to the method' if self.started else "give batches= and loss= to regrow.sparsify"
+            )
+            raise ValueError(
+                f"{self.method.name} takes the place of optimizer step {step.number}, which {where} does not allow: "
+                f"{way_out}"
+            )
+        if has_closure and self.method.latent is not None:
+            raise ValueError(
+                f"{self.method.name} puts latent values in the places of the weights while the optimizer steps, where "
+                "a closure would compute with them: call loss.backward() before optimizer.step(), without a closure"
+            )
+
+    def _read(self, step: Step) -> None:
+        """Show gradients to the observer, and set them aside for an update."""
+        observe = self.method.observe if self.started else None
+        if step.kind == "ordinary" and observe is None:
+            return
+        for parameter in self.parameters:
+            parameter.reading(update=step.kind != "ordinary")
+        if observe is not None:
+            for weight in self.weights:
+                if weight.has_grad:
+                    observe(weight)
+        if step.kind in ("instead", "after"):
+            step.waits = step.kind == "after"
+            for parameter in self.parameters:
+                parameter.set_aside(lasting=step.waits)
+
+    def _update(self, number: int) -> None:
+        """Apply the rules that are due at step `number`."""
+        before = [w.topology for w in self.weights] if Need.EXPLORED in self.method.needs else None
+        for rule in self.method.update:
+            if rule.due(number):
+                rule.apply(self.weights, number)
+        self.updates += 1
+        _note_explored(self.method, self.weights, before)
+
+    def _watch(self) -> None:
+        """Tell storages whether the backward passes of the coming step keep gradients at inactive positions."""
+        everywhere = reads_everywhere(self.method, plan(self.method, self.started, self.number + 1))
+        for parameter in self.parameters:
+            parameter.watch(everywhere)
+
+    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure after which gradients are masked, and set aside where an update or the observer reads them."""
+
+        def watched() -> Any:
+            for parameter in self.parameters:
+                parameter.closed(complete=False)
+            loss = closure()
+            self.set_gradients_aside()
+            return loss
+
+        return watched
+
+    def _of(self, optimizer: Optimizer) -> list[Stored]:
+        return [p for p in self.parameters if p.optimizer is optimizer]
+
+    def _arrived(self) -> int:
+        return sum(p.gradient.arrivals for p in self.parameters)
+
+
+def _hide(step: Step, optimizer: Optimizer) -> None:
+    """Leave the optimizer nothing to do, so that parameters, state and step counts stay as they are."""
+    for parameter in (p for g in optimizer.param_groups for p in g["params"]):
+        if parameter.grad is not None:
+            step.hidden[parameter] = parameter.grad
+            parameter.grad = None
+
+
+def _give_back(step: Step, parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        hidden = step.hidden.pop(parameter, None)
+        # A gradient that came since belongs to the next step.
+        if hidden is not None and parameter.grad is None:
+            parameter.grad = hidden

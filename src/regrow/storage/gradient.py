@@ -1,0 +1,103 @@
+"""What backward passes leave in one parameter; every storage holds one of these."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from regrow.core import selection
+
+
+class Gradient:
+    """How many backward passes reached one parameter, by what they are scaled, and whether they are finite.
+
+    Args:
+        parameter: the one that is watched.
+        name: how errors call it.
+    """
+
+    def __init__(self, parameter: nn.Parameter, name: str) -> None:
+        self.parameter = parameter
+        self.name = name
+        self.arrivals = 0
+        """Backward passes that reached the parameter so far."""
+        self.scale = 1.0
+        """By what whoever reads the gradient now divides it."""
+        self._earlier = 0
+        self._at_open = 0
+        self._arrived: weakref.WeakMethod[Callable[[Tensor], None]] | None = None
+        self._handle: RemovableHandle | None = None
+
+    def watch(self, arrived: Callable[[Tensor], None]) -> None:
+        """Count backward passes from now on, and call the method `arrived` with the gradient after each."""
+        self._arrived = weakref.WeakMethod(arrived)
+        weak = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            """Weak, since the garbage collector does not see through a tensor's hooks."""
+            gradient = weak()
+            if gradient is not None and parameter.grad is not None:
+                gradient._arrives(parameter.grad)
+
+        self._handle = self.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _arrives(self, grad: Tensor) -> None:
+        self.arrivals += 1
+        arrived = None if self._arrived is None else self._arrived()
+        if arrived is not None:
+            arrived(grad)
+
+    def remove(self) -> None:
+        """Stop counting."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def opened(self) -> None:
+        """A training step begins; what arrived before the last one, if that was never closed, belonged to that."""
+        self._earlier = max(self._earlier, self._at_open)
+        self._at_open = self.arrivals
+
+    def closed(self) -> None:
+        """A training step ends; whatever arrived until now belonged to it."""
+        self._earlier = self.arrivals
+
+    @property
+    def reached(self) -> bool:
+        """Whether the last backward reached the parameter; a gradient that someone zeroed or wrote is looked at."""
+        grad = self.parameter.grad
+        return grad is not None and (self.arrivals > self._earlier or bool(grad.any()))
+
+    def read(self, aside: Tensor | None = None) -> Tensor:
+        """The gradient without its scale, of the parameter's shape: what was set `aside`, or else the parameter's own.
+
+        Raises:
+            ValueError: when no backward reached the parameter.
+        """
+        grad = self.parameter.grad if aside is None else aside
+        if grad is None:
+            raise ValueError(f"{self.name} has no gradient: call loss.backward() before optimizer.step()")
+        return self.unscaled(grad)
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """`gradient` divided by the scale."""
+        return gradient if self.scale == 1 else gradient / self.scale
+
+    def require_finite(self, aside: Tensor | None = None) -> None:
+        """Raise ValueError when the gradient that would be read is not finite."""
+        grad = self.parameter.grad if aside is None else aside
+        if grad is not None and not selection.is_finite(grad):
+            bad = int((~grad.isfinite()).sum())
+            raise ValueError(
+                f"{self.name}: {bad:,} of {grad.numel():,} gradients are not finite at an update: lower the "
+                "learning rate, or skip such steps with a gradient scaler"
+            )
+
+    def not_kept(self) -> ValueError:
+        """What is raised when someone reads the gradient at inactive positions where it was not kept."""
+        return ValueError(
+            f"{self.name}: the gradient at inactive positions is not kept here: declare it in the method's needs "
+            "(Need.GRADIENT or Need.EVERY_GRADIENT)"
+        )
