@@ -269,9 +269,13 @@ class Stepper:
     def _open_own(self, step: Step, optimizer: Optimizer) -> None:
         """Open what one optimizer holds, of which the gradient is there and the others' may not be."""
         loaded = id(optimizer) in self._loaded
+        is_read = step.kind != "ordinary" or self.method.observe is not None
         for parameter in self._of(optimizer):
             parameter.opened(loaded)
-            parameter.set_aside(lasting=step.kind == "after")
+            parameter.set_aside(lasting=is_read)
+            if is_read:
+                # Whoever steps inside a backward forgets the gradient at once, to save its memory.
+                parameter.gradient.hold()
         self._loaded.discard(id(optimizer))
 
     def _lapse(self, step: Step) -> None:
@@ -279,6 +283,7 @@ class Stepper:
         _give_back(step, list(step.hidden))
         if step.waits:
             self._update(step.number)
+        if step.waits or step.backward != OUTSIDE:
             for parameter in self.parameters:
                 parameter.closed(complete=False)
         self.open = None

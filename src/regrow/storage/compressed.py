@@ -348,10 +348,10 @@ class CompressedParameter(Stored):
         newcomers = source < 0
         source.clamp_(min=0)
         gone = torch.zeros((), dtype=self.parameter.dtype)
-        grad = self.parameter.grad
+        grad, held = self.parameter.grad, self.gradient.held
         # Of the next step, where this update waited for an optimizer that did not step.
         early = self.operands.multiple(grad, old) if grad is not None and self.operands.has_next else None
-        for tensor in (self.parameter.detach(), *state.values(), *(() if grad is None else (grad,))):
+        for tensor in (self.parameter.detach(), *state.values(), *(g for g in (grad, held) if g is not None)):
             if old.nnz:
                 tensor[: new.nnz] = torch.where(newcomers, gone.to(tensor), tensor.index_select(0, source))
             tensor[new.nnz :] = 0

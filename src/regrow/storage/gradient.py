@@ -26,6 +26,8 @@ class Gradient:
         """Backward passes that reached the parameter so far."""
         self.scale = 1.0
         """By what whoever reads the gradient now divides it."""
+        self.held: Tensor | None = None
+        """What was set aside of the gradient until the step is closed; it is then read in its place."""
         self._earlier = 0
         self._at_open = 0
         self._arrived: weakref.WeakMethod[Callable[[Tensor], None]] | None = None
@@ -60,34 +62,42 @@ class Gradient:
         self._earlier = max(self._earlier, self._at_open)
         self._at_open = self.arrivals
 
-    def closed(self) -> None:
-        """A training step ends; whatever arrived until now belonged to it."""
-        self._earlier = self.arrivals
+    def closed(self, complete: bool) -> None:
+        """A training step ends: what was held is forgotten; all that arrived belonged to it if it is `complete`."""
+        self.held, self.scale = None, 1.0
+        if complete:
+            self._earlier = self.arrivals
+
+    def hold(self) -> None:
+        """Keep the gradient as it is now, since the parameter's own may be gone when it is read."""
+        if self.held is None and self.parameter.grad is not None:
+            self.held = self.parameter.grad.detach().clone()
+
+    @property
+    def latest(self) -> Tensor | None:
+        """What is held, or else the parameter's own gradient."""
+        return self.parameter.grad if self.held is None else self.held
 
     @property
     def reached(self) -> bool:
         """Whether the last backward reached the parameter; a gradient that someone zeroed or wrote is looked at."""
-        grad = self.parameter.grad
+        grad = self.latest
         return grad is not None and (self.arrivals > self._earlier or bool(grad.any()))
 
-    def read(self, aside: Tensor | None = None) -> Tensor:
-        """The gradient without its scale, of the parameter's shape: what was set `aside`, or else the parameter's own.
+    def read(self) -> Tensor:
+        """The gradient without its scale, of the parameter's shape.
 
         Raises:
             ValueError: when no backward reached the parameter.
         """
-        grad = self.parameter.grad if aside is None else aside
+        grad = self.latest
         if grad is None:
             raise ValueError(f"{self.name} has no gradient: call loss.backward() before optimizer.step()")
-        return self.unscaled(grad)
+        return grad if self.scale == 1 else grad / self.scale
 
-    def unscaled(self, gradient: Tensor) -> Tensor:
-        """`gradient` divided by the scale."""
-        return gradient if self.scale == 1 else gradient / self.scale
-
-    def require_finite(self, aside: Tensor | None = None) -> None:
+    def require_finite(self) -> None:
         """Raise ValueError when the gradient that would be read is not finite."""
-        grad = self.parameter.grad if aside is None else aside
+        grad = self.latest
         if grad is not None and not selection.is_finite(grad):
             bad = int((~grad.isfinite()).sum())
             raise ValueError(

@@ -42,17 +42,15 @@ def zero_outside(tensor: Tensor, mask: Tensor) -> None:
 
 @dataclass
 class _Aside:
-    """A gradient that was set aside, and the one in the parameter that it was copied from."""
+    """Of which gradient in the parameter a copy is held."""
 
-    whole: Tensor
-    """At every position."""
     source: weakref.ref[Tensor]
     version: int
     """Of the source, when its inactive entries had been zeroed."""
     lasting: bool = False
 
     def is_of(self, grad: Tensor) -> bool:
-        """Whether it was copied from `grad`."""
+        """Whether the copy is of `grad`."""
         return self.source() is grad
 
 
@@ -107,7 +105,7 @@ class MaskedParameter(Stored):
                     f"{self.gradient.name}: a backward came after mask_gradients() in the same step: call it once, "
                     "after the last backward and before clipping"
                 )
-            self._aside = None
+            self._forget()
         if not self._everywhere:
             self.mask()
 
@@ -127,19 +125,17 @@ class MaskedParameter(Stored):
         grad, aside = self.parameter.grad, self._aside
         if aside is None or aside.lasting:
             return
-        if grad is None or not aside.is_of(grad):
-            self._aside = None
+        whole = self.gradient.held
+        if grad is None or whole is None or not aside.is_of(grad):
+            self._forget()
             return
-        active = aside.whole if self._mask is None else aside.whole.abs().mul_(self.mask_on(grad.device))
+        active = whole if self._mask is None else whole.abs().mul_(self.mask_on(grad.device))
         before, now = float(active.abs().max()), float(grad.abs().max())
         if before != now and 0 < before < math.inf and now < math.inf:
-            aside.whole.mul_(now / before)
+            whole.mul_(now / before)
 
-    def reading(self, update: bool) -> None:
-        """Note the scale of the gradient; what an update reads must be finite, set aside or not."""
-        super().reading(update=False)
-        if update:
-            self.gradient.require_finite(self._latest)
+    def _forget(self) -> None:
+        self._aside = self.gradient.held = None
 
     def set_aside(self, lasting: bool = False) -> None:
         """Keep a copy of the gradient at every position, where it is there, and mask the parameter's own."""
@@ -149,9 +145,9 @@ class MaskedParameter(Stored):
         self._settle()
         grad = self.parameter.grad
         if self._aside is None and grad is not None:
-            whole = grad.detach().clone()
+            self.gradient.hold()
             self.mask()
-            self._aside = _Aside(whole, weakref.ref(grad), grad._version)
+            self._aside = _Aside(weakref.ref(grad), grad._version)
         if self._aside is not None:
             self._aside.lasting = lasting
 
@@ -159,14 +155,6 @@ class MaskedParameter(Stored):
         """Forget the gradient that was set aside."""
         super().closed(complete)
         self._aside = None
-
-    @property
-    def _latest(self) -> Tensor | None:
-        return None if self._aside is None else self._aside.whole
-
-    def active_gradient(self) -> Tensor:
-        """The gradient, of the parameter's shape; at every position where it was kept, else at the active ones."""
-        return self.gradient.read(self._latest)
 
     def everywhere(self) -> Tensor:
         """The gradient at every position, of the parameter's shape.
@@ -176,7 +164,7 @@ class MaskedParameter(Stored):
         """
         if self._aside is None and not self._everywhere:
             raise self.gradient.not_kept()
-        return self.active_gradient()
+        return self.gradient.read()
 
     @property
     def looked(self) -> bool:
@@ -270,7 +258,7 @@ class MaskedWeight:
 
     def grads(self) -> Tensor:
         """Gradients at the active entries, (nnz,)."""
-        return self._active(self.owner.active_gradient())
+        return self._active(self.owner.gradient.read())
 
     def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The gradient at every position, in one block."""

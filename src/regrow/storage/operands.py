@@ -111,7 +111,9 @@ class KeptOperands:
         """
         if self.is_held or not (self.looked or self._passes):
             return
-        self._retain(lambda key: key == 0)
+        # Of a backward that is under way, the optimizer may step before the hook that sees the gradient.
+        now = torch._C._current_graph_task_id()
+        self._retain(lambda key: key in (0, now))
         grad = self.gradient.parameter.grad
         if grad is None:
             self.forget()

@@ -77,7 +77,7 @@ class Stored(Draft):
         """Keep what growth reads of the gradient until the step is closed, and leave active entries in `grad`.
 
         Args:
-            lasting: keep it also when the next backward comes before that.
+            lasting: keep it also when the next backward comes before that, or the gradient is gone.
         """
         self.mask()
 
@@ -96,9 +96,7 @@ class Stored(Draft):
         Args:
             complete: whether all that arrived belongs to it; not so when a new backward came first.
         """
-        self.gradient.scale = 1.0
-        if complete:
-            self.gradient.closed()
+        self.gradient.closed(complete)
 
     def shows(self, training: bool) -> bool:
         """Whether the parameter holds what a model in this mode computes with."""
