@@ -20,7 +20,7 @@ def named(page: str) -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
-CLAIMS = [(page, name) for page in ("bugs.md", "coming-from.md") for name in dict.fromkeys(named(page))]
+CLAIMS = [(page, name) for page in ("bugs.md", "coming-from.md", "step.md") for name in dict.fromkeys(named(page))]
 
 
 @pytest.mark.parametrize(("page", "name"), CLAIMS, ids=[name for _, name in CLAIMS])

@@ -272,7 +272,7 @@ class CompressedParameter(Stored):
     def watch(self, everywhere: bool) -> None:
         """Whether the coming backward passes keep what the gradient at inactive positions is made of."""
         if everywhere != self.operands.watched:
-            self.operands.watched = everywhere
+            self.operands.watch(everywhere)
             for module, name in self.holders:
                 if everywhere:
                     module.keys[name] = self.operands.key

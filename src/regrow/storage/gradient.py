@@ -24,9 +24,9 @@ class Gradient:
         self.name = name
         self.arrivals = 0
         """Backward passes that reached the parameter so far."""
-        self.scale = 1.0
+        self._scale = 1.0
         """By what whoever reads the gradient now divides it."""
-        self.held: Tensor | None = None
+        self._held: Tensor | None = None
         """What was set aside of the gradient until the step is closed; it is then read in its place."""
         self._earlier = 0
         self._at_open = 0
@@ -64,19 +64,37 @@ class Gradient:
 
     def closed(self, complete: bool) -> None:
         """A training step ends: what was held is forgotten; all that arrived belonged to it if it is `complete`."""
-        self.held, self.scale = None, 1.0
+        self._held, self._scale = None, 1.0
         if complete:
             self._earlier = self.arrivals
 
     def hold(self) -> None:
         """Keep the gradient as it is now, since the parameter's own may be gone when it is read."""
-        if self.held is None and self.parameter.grad is not None:
-            self.held = self.parameter.grad.detach().clone()
+        if self._held is None and self.parameter.grad is not None:
+            self._held = self.parameter.grad.detach().clone()
+
+    def let_go(self) -> None:
+        """Forget what is held."""
+        self._held = None
+
+    def divide(self, scale: float) -> None:
+        """Divide by `scale` whatever is read until the step is closed."""
+        self._scale = scale
+
+    @property
+    def held(self) -> Tensor | None:
+        """What is held, of the parameter's shape."""
+        return self._held
+
+    @property
+    def scale(self) -> float:
+        """By what whoever reads the gradient now divides it."""
+        return self._scale
 
     @property
     def latest(self) -> Tensor | None:
         """What is held, or else the parameter's own gradient."""
-        return self.parameter.grad if self.held is None else self.held
+        return self.parameter.grad if self._held is None else self._held
 
     @property
     def reached(self) -> bool:
@@ -93,7 +111,7 @@ class Gradient:
         grad = self.latest
         if grad is None:
             raise ValueError(f"{self.name} has no gradient: call loss.backward() before optimizer.step()")
-        return grad if self.scale == 1 else grad / self.scale
+        return grad if self._scale == 1 else grad / self._scale
 
     def require_finite(self) -> None:
         """Raise ValueError when the gradient that would be read is not finite."""

@@ -135,7 +135,8 @@ class MaskedParameter(Stored):
             whole.mul_(now / before)
 
     def _forget(self) -> None:
-        self._aside = self.gradient.held = None
+        self._aside = None
+        self.gradient.let_go()
 
     def set_aside(self, lasting: bool = False) -> None:
         """Keep a copy of the gradient at every position, where it is there, and mask the parameter's own."""

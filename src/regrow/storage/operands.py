@@ -30,8 +30,7 @@ class KeptOperands:
     def __init__(self, gradient: Gradient, memory: Memory) -> None:
         self.gradient = gradient
         self.memory = memory
-        self.watched = False
-        """Whether the coming backward passes are to keep their operands here."""
+        self._watched = False
         self._keeper = kernels.Keeper(self._claim)
         self._held: kernels.Keeper | None = None
         self._passes: list[int] = []
@@ -66,12 +65,21 @@ class KeptOperands:
     @property
     def looked(self) -> bool:
         """Whether there is a gradient at every position for growth to look at, if only from other ranks."""
-        return bool(self._source.kept) or (ranks() > 1 and (self.watched or self.is_held))
+        return bool(self._source.kept) or (ranks() > 1 and (self._watched or self.is_held))
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of inputs and output gradients that are kept."""
         return self._keeper.nbytes + (0 if self._held is None else self._held.nbytes)
+
+    @property
+    def watched(self) -> bool:
+        """Whether the coming backward passes are to keep their operands here."""
+        return self._watched
+
+    def watch(self, everywhere: bool) -> None:
+        """Whether the coming backward passes are to keep their operands here."""
+        self._watched = everywhere
 
     def hold(self) -> None:
         """Keep what is here although the next backward may come before it is read."""

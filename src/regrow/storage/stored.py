@@ -69,7 +69,7 @@ class Stored(Draft):
 
     def reading(self, update: bool) -> None:
         """An observer is about to read gradients, or an `update`, for which they must be finite (else ValueError)."""
-        self.gradient.scale = gradient_scale(self.optimizer)
+        self.gradient.divide(gradient_scale(self.optimizer))
         if update:
             self.gradient.require_finite()
 
