@@ -127,6 +127,13 @@ class SparseModule(nn.Module):
         """The index of a sparse weight."""
         return Index(*(getattr(self, f"{name}_{field}") for field in Index._fields))
 
+    def nnz(self, name: str = "weight") -> int:
+        """Active entries of a sparse weight."""
+        # Asked several times in every training step, where looking up all five fields of the index would show.
+        columns = self._buffers[f"{name}_columns"]
+        assert columns is not None
+        return columns.numel()
+
     def topology(self, name: str = "weight") -> Topology:
         """The topology of a sparse weight."""
         index = self.index(name)

@@ -256,7 +256,7 @@ class CompressedParameter(Stored):
     def nnz(self) -> int:
         """Active entries of all blocks."""
         module, name = self.holders[0]
-        return module.index(name).nnz
+        return module.nnz(name)
 
     def become(self, room: int, seed: int) -> Stored:
         """Nothing changes: it is compressed."""
