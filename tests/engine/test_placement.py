@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import regrow
 from regrow import methods, sparsify
 from regrow.core.method import Method, Need
 from regrow.nn import SparseLinear
@@ -223,17 +222,6 @@ def test_an_update_that_keeps_too_much_states_the_bytes():
     sparsify(model, optimizer, methods.rigl(0.5, until=9, interval=1), storage="compressed", update_memory=1000)
     with pytest.raises(RuntimeError, match=r"at least 1,392 bytes .* the limit of 1,000: raise update_memory=.*batch"):
         loss_of(model, batch("linear", 1, torch.float32)).backward()
-
-
-def test_without_a_limit_a_quarter_of_the_free_memory_is_taken(monkeypatch: pytest.MonkeyPatch):
-    free = regrow.engine.placement.quarter_of_free_memory()
-    assert 1e6 < free < 1e13
-    monkeypatch.setattr(
-        regrow.engine.placement.Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:   4000 kB\n"
-    )
-    assert regrow.engine.placement.quarter_of_free_memory() == 1_024_000
-    monkeypatch.setattr(regrow.engine.placement.Path, "read_text", lambda self: "nothing of that kind")
-    assert 1e6 < regrow.engine.placement.quarter_of_free_memory() < 1e13
 
 
 def test_masked_storage_ignores_nothing_that_is_for_compressed_storage():

@@ -358,7 +358,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(method: str
     before = case.tensors()
     case.optimizer.zero_grad()
     (loss_of(case.model, batch("linear", 3)) * float("inf")).backward()
-    with pytest.raises(ValueError, match=r"0\.weight: 288 of 288 gradients are not finite: lower the learning rate"):
+    with pytest.raises(ValueError, match=r"0\.weight: 288 of 288 gradients are not finite at an update"):
         case.optimizer.step()
     assert same(case.tensors(), before)
     case.step(3)
