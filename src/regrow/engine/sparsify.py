@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -113,62 +114,53 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     require_sparse(method, places, source, allow_dense)
     memory = _memory(update_memory, storage)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
-    with torch.no_grad():
-        parameters = _begun(model, drafts(places, method, memory), method, source, outside, init, calls, seed)
-    started = not isinstance(source, FirstStep)
-    return Sparsifier(model, optimizers, method, parameters, excluded, outside, seed, started)
-
-
-def _begun(
-    model: nn.Module,
-    parameters: list[Draft],
-    method: Method,
-    source: Source,
-    outside: int,
-    init: Init,
-    calls: Calls | None,
-    seed: int,
-) -> list[Stored]:
-    """Parameters with their first topologies, unless these wait for a first step, in the form that storages hold.
-
-    Args:
-        model: takes on its sparse form.
-        parameters: those to sparsify.
-        method: what makes the topologies.
-        source: where that gets its gradients.
-        outside: entries outside that count in the budget.
-        init: how first values are scaled.
-        calls: what to race storages with, or None.
-        seed: of the draws.
-    """
-    try:
-        weights = weights_of(parameters, outside)
-        method.start.require(weights)
-        for rule in method.update:
-            rule.require(weights)
-        if not isinstance(source, FirstStep):
-            with asking(source, model, parameters) as probe:
-                begin(method, weights, seed, probe)
+    held = drafts(places, method, memory)
+    with torch.no_grad(), _let_go_on_error(held):
+        _start(model, held, method, source, outside, seed)
         if calls is not None:
-            parameters = faster(parameters, calls)
-        require_initializers(model)
-        for parameter in parameters:
-            parameter.require_free()
-        nnz = weights.nnz
-        rooms = [_room(p, nnz, method, source) for p in parameters]
-        stored = []
-        for i, room in enumerate(rooms):
-            stored.append(parameters[i].become(room, seed))
-            parameters[i] = stored[i]
-        leave_fast_path(model)
-        leave_meta_device(model, seed)
-        spare_topologies_the_broadcast(model)
+            held[:] = faster(held, calls)
+        stored = _become(model, held, method, source, seed)
         if init == "fan_in":
             scale_to_fan_in(weights_of(stored, outside))
+    return Sparsifier(model, optimizers, method, stored, excluded, outside, seed, not isinstance(source, FirstStep))
+
+
+@contextmanager
+def _let_go_on_error(held: Sequence[Draft]) -> Iterator[None]:
+    """Take hooks off the parameters that are `held` by then, when something raises."""
+    try:
+        yield
     except BaseException:
-        for parameter in parameters:
+        for parameter in held:
             parameter.remove()
         raise
+
+
+def _start(model: nn.Module, held: Sequence[Draft], method: Method, source: Source, outside: int, seed: int) -> None:
+    """Make the first topologies, unless they wait for a first step."""
+    weights = weights_of(held, outside)
+    method.start.require(weights)
+    for rule in method.update:
+        rule.require(weights)
+    if not isinstance(source, FirstStep):
+        with asking(source, model, held) as probe:
+            begin(method, weights, seed, probe)
+
+
+def _become(model: nn.Module, held: list[Draft], method: Method, source: Source, seed: int) -> list[Stored]:
+    """Give every parameter and module the form that its storage holds, and memory to what has none."""
+    require_initializers(model)
+    for parameter in held:
+        parameter.require_free()
+    nnz = sum(w.topology.nnz for p in held for w in p.weights)
+    rooms = [_room(p, nnz, method, source) for p in held]
+    stored: list[Stored] = []
+    for i, room in enumerate(rooms):
+        stored.append(held[i].become(room, seed))
+        held[i] = stored[i]
+    leave_fast_path(model)
+    leave_meta_device(model, seed)
+    spare_topologies_the_broadcast(model)
     return stored
 
 
