@@ -176,30 +176,63 @@ class Failing(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("timing", ["instead", "after"])
-def test_a_step_in_which_an_optimizer_raised_is_ended_by_the_next(timing: str) -> None:
-    model = mlp()
-    optimizer = Failing(model.parameters(), lr=0.1, momentum=0.9)
-    sparsifier = sparsify(model, optimizer, rigl(timing, 2))
-    for step in (1, 2):
-        optimizer.fails = step == 2
-        backward(model, step)
-        if optimizer.fails:
-            with pytest.raises(RuntimeError, match="broken"):
-                optimizer.step()
-        else:
+def test_a_step_in_which_the_optimizer_raised_comes_again(timing: str, storage: Any, fails_at: int) -> None:
+    """The run is the one in which nothing was raised: before, in, and after the step of an update."""
+    runs = []
+    for fails in (False, True):
+        model = mlp()
+        optimizer = Failing(model.parameters(), lr=0.1, momentum=0.9)
+        sparsifier = sparsify(model, optimizer, rigl(timing, 2), storage=storage)
+        for step in range(1, 7):
+            if fails and step == fails_at and not (timing == "instead" and step == 2):
+                optimizer.fails = True
+                backward(model, 50)
+                with pytest.raises(RuntimeError, match="broken"):
+                    optimizer.step()
+                optimizer.fails = False
+            backward(model, step)
             optimizer.step()
-    assert (sparsifier.step, is_open(sparsifier)) == (2, True)
-    optimizer.fails = False
+            assert (sparsifier.step, sparsifier.updates, is_open(sparsifier)) == (step, step // 2, False)
+        runs.append((sparsifier, [p.detach().clone() for p in model.parameters()]))
+    assert snapshot(runs[0][0]) == snapshot(runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_closure_that_raises_loses_no_update(storage: Any) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparsify(model, optimizer, rigl(interval=2), storage=storage)
+
+    def broken() -> Tensor:
+        backward(model, 50)
+        raise RuntimeError("broken")
+
+    for step in range(1, 5):
+        with pytest.raises(RuntimeError, match="broken"):
+            optimizer.step(broken)
+        optimizer.step(partial(backward, model, step))
+        assert (sparsifier.step, sparsifier.updates) == (step, step // 2)
+
+
+def test_a_step_that_one_of_two_optimizers_finished_counts() -> None:
+    model = mlp()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = Failing([*model[2].parameters(), *model[4].parameters()], lr=0.1)
+    sparsifier = sparsify(model, (first, second), rigl(interval=2))
+    for step in (1, 2):
+        backward(model, step)
+        first.step()
+        second.fails = True
+        with pytest.raises(RuntimeError, match="broken"):
+            second.step()
+        assert sparsifier.step == step
     backward(model, 3)
-    bias = model[0].bias.grad.clone()
-    optimizer.step()
-    assert (sparsifier.step, sparsifier.updates, is_open(sparsifier)) == (3, 1, False)
-    assert torch.equal(model[0].bias.grad, bias)
-    for name, topology in sparsifier.topologies.items():
-        parameter = model.get_parameter(name)
-        assert not parameter[~topology.mask].any() and not parameter.grad[~topology.mask].any()
-        assert not optimizer.state[parameter]["momentum_buffer"][~topology.mask].any()
+    first.step()
+    assert (sparsifier.step, sparsifier.updates) == (3, 1)
 
 
 def test_gradients_hidden_when_an_optimizer_raised_come_back() -> None:

@@ -14,7 +14,8 @@ closed when every optimizer has stepped. Its kind is known beforehand:
 | None     | the same, and what is due cannot be done or raises    | nothing is counted                | None  |
 | OPEN     | another optimizer begins, no backward in between      | joins the step                    | OPEN  |
 | OPEN     | an optimizer begins after a new backward              | `_lapse`, `_open`                 | OPEN  |
-| OPEN     | an optimizer begins that stepped already, or raised   | `_lapse`, `_open`                 | OPEN  |
+| OPEN     | an optimizer begins that stepped already              | `_lapse`, `_open`                 | OPEN  |
+| OPEN     | the same, and it raised: the step comes again         | `_lapse`, `_open`                 | OPEN  |
 | OPEN     | an optimizer begins inside the same backward          | joins, its own gradients are read | OPEN  |
 | OPEN     | an optimizer has stepped, others have not             | gives back what was hidden        | OPEN  |
 | OPEN     | the last optimizer has stepped                        | `_close`                          | None  |
@@ -23,7 +24,8 @@ closed when every optimizer has stepped. Its kind is known beforehand:
 | any      | the sparsifier's state is loaded                      | `resume`                          | None  |
 
 A step with a closure, or inside a backward, has its gradients late: `_close` reads them.
-`_lapse` applies an update that was set aside for optimizers that never stepped.
+`_lapse` applies an update that was set aside for optimizers that never stepped. A step in which none finished does not
+count, unless an update took its place.
 """
 
 from __future__ import annotations
@@ -106,8 +108,10 @@ class Step:
     """Whether gradients come while the optimizers step: from a closure, or from the backward that they step in."""
     backward: int = OUTSIDE
     """Which backward the optimizers step in."""
-    stepped: set[int] = field(default_factory=set)
+    begun: set[int] = field(default_factory=set)
     """Optimizers that began to step, by id."""
+    stepped: set[int] = field(default_factory=set)
+    """Those of them that finished: the others are at work, or raised."""
     hidden: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """Gradients that are hidden from the optimizers."""
     waits: bool = False
@@ -208,7 +212,7 @@ class Stepper:
                 step = self._open(optimizer, closure is not None, backward)
             elif backward != OUTSIDE:
                 self._open_own(step, optimizer)
-            step.stepped.add(id(optimizer))
+            step.begun.add(id(optimizer))
             if step.replaces:
                 _hide(step, optimizer)
             else:
@@ -222,6 +226,7 @@ class Stepper:
         with torch.no_grad():
             step = self.open
             if step is not None:
+                step.stepped.add(id(optimizer))
                 _give_back(step, [p for g in optimizer.param_groups for p in g["params"]])
             for parameter in self._of(optimizer):
                 parameter.stepped()
@@ -234,7 +239,7 @@ class Stepper:
 
     def _joins(self, step: Step, optimizer: Optimizer, backward: int) -> bool:
         """Whether the optimizer takes part in the open step."""
-        if id(optimizer) in step.stepped:
+        if id(optimizer) in step.begun:
             return False
         return backward == step.backward if backward != OUTSIDE else self._arrived() == self._arrivals
 
@@ -250,6 +255,9 @@ class Stepper:
             self._open_all(step)
         self._arrivals = self._arrived()
         self.open, self.number = step, number
+        if not step.late:
+            # Here and not only when it is closed, since an optimizer that raises never closes it; the step comes again.
+            self._watch(again=step.kind)
         return step
 
     def _open_all(self, step: Step) -> None:
@@ -279,9 +287,11 @@ class Stepper:
         self._loaded.discard(id(optimizer))
 
     def _lapse(self, step: Step) -> None:
-        """End a step some of whose optimizers never stepped, after a new backward began the next one."""
+        """End a step some of whose optimizers never stepped or raised; if none finished, it does not count."""
         _give_back(step, list(step.hidden))
-        if step.waits:
+        if not step.stepped and not step.replaces:
+            self.number = step.number - 1
+        elif step.waits:
             self._update(step.number)
         if step.waits or step.backward != OUTSIDE:
             for parameter in self.parameters:
@@ -346,9 +356,14 @@ class Stepper:
         self.updates += 1
         _note_explored(self.method, self.weights, before)
 
-    def _watch(self) -> None:
-        """Tell storages whether the backward passes of the coming step keep gradients at inactive positions."""
-        everywhere = reads_everywhere(self.method, plan(self.method, self.started, self.number + 1))
+    def _watch(self, again: Kind = "ordinary") -> None:
+        """Tell storages whether the coming backward passes keep gradients at inactive positions.
+
+        Args:
+            again: the kind of a step that may come again.
+        """
+        coming = plan(self.method, self.started, self.number + 1)
+        everywhere = any(reads_everywhere(self.method, kind) for kind in (coming, again))
         for parameter in self.parameters:
             parameter.watch(everywhere)
 
