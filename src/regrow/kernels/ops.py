@@ -93,23 +93,15 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry:
 
 
 def conv_transpose(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    index: Index,
-    geometry: Geometry,
-    size: tuple[int, int],
-    *,
-    keep: int = 0,
+    x: Tensor, values: Tensor, index: Index, geometry: Geometry, size: tuple[int, int], *, keep: int = 0
 ) -> Tensor:
-    """The transposed convolution of x (N, I, H, W) with a sparse weight, plus bias (O,): (N, O, *size).
+    """The transposed convolution of x (N, I, H, W) with a sparse weight: (N, O, *size).
 
     This is what the convolution of `geometry` passes back from a gradient x to an input of `size`.
 
     Args:
         x: (N, I, H, W).
         values: (capacity,) of which the first nnz are used.
-        bias: (O,) or None.
         index: of the weight seen as the matrix (I, O / groups * KH * KW).
         geometry: of the convolution that is transposed.
         size: height and width of the output, which that convolution takes to H and W.
@@ -122,17 +114,17 @@ def conv_transpose(
         raise ValueError(
             f"the input has shape {tuple(x.shape)}, the transposed sparse convolution takes (N, {index.rows:,}, H, W)"
         )
-    if min(size) < 1 or geometry.output(*size) != (x.shape[2], x.shape[3]):
+    if min(*size, *x.shape[2:]) < 1 or geometry.output(*size) != (x.shape[2], x.shape[3]):
         raise ValueError(
             f"an output of {size[0]} x {size[1]} does not belong to an input of {x.shape[2]} x {x.shape[3]}, with a "
             f"kernel of {geometry.kernel}, stride {geometry.stride}, padding {geometry.padding} and dilation "
             f"{geometry.dilation}"
         )
-    x, values, bias = _cast(x, values, bias)
+    x, values, _ = _cast(x, values, None)
     channels = index.cols * geometry.groups // (geometry.kernel[0] * geometry.kernel[1])
     shape = [x.shape[0], channels, *size]
     y: Tensor = _conv_input_gradient(x.contiguous(), values, geometry.ints, shape, keep, *index)
-    return y if bias is None else y + bias[:, None, None]
+    return y
 
 
 def _cast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from regrow.core import selection
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology
 from regrow.nn import SparseModule, sparse_class
+from regrow.nn.kinds import release, restore
 from regrow.storage.state import (
     SECOND_MOMENTS,
     forget_other_state,
@@ -149,8 +150,7 @@ class CompressedParameter:
         weak = len(weakref.getweakrefs(self.parameter))
         strong = self.parameter._use_count() - 1  # type: ignore[attr-defined]
         for module, _ in self.holders:
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()
+            restore(module)
         if weak or strong:
             raise ValueError(
                 f"{self.weights[0].name} cannot become compressed while something else refers to it ({strong} graphs "
@@ -159,10 +159,9 @@ class CompressedParameter:
             )
 
     def _let_go(self) -> None:
-        """Drop the weak references that torch's recurrent layers keep of their weights, which forbid an exchange."""
+        """Let modules drop the references that they keep of the parameter, which forbid an exchange."""
         for module, _ in self.holders:
-            if isinstance(module, nn.RNNBase):
-                module._flat_weight_refs = []
+            release(module)
 
     def materialize(self, room: int, seed: int) -> None:
         """Give the parameter memory for its active values only, and its modules their sparse form.
