@@ -19,7 +19,7 @@ import regrow
 from regrow import methods
 from regrow.engine.placement import Storage
 from regrow.files import replacing
-from regrow.nn import SparseConv2d, SparseGRU, SparseLinear, SparseModule, SparseMultiheadAttention
+from regrow.nn import SparseConv2d, SparseGRU, SparseLinear, SparseModule, from_dense
 
 
 class Tied(nn.Module):
@@ -280,9 +280,7 @@ def test_blocks_and_whole_weights_are_the_same(tmp_path: Path) -> None:
     dense = nn.ModuleList([nn.MultiheadAttention(12, 2), nn.GRU(5, 4, bidirectional=True)])
     sparsifier = sparse(dense)
     regrow.save(sparsifier, tmp_path / "m")
-    whole = nn.ModuleList(
-        [SparseMultiheadAttention.from_dense(dense[0]), SparseGRU(5, 4, bidirectional=True, density=1)]
-    )
+    whole = nn.ModuleList([from_dense(dense[0]), SparseGRU(5, 4, bidirectional=True, density=1)])
     found = regrow.load(tmp_path / "m", whole)
     assert "1.weight_ih_l0_reverse[2]" in found and found == sparsifier.topologies
     sequence = torch.randn(7, 3, 5)

@@ -85,18 +85,22 @@ def test_equal_layers_race_once_and_the_first_without_input_gradient(judged: Any
 
 
 def test_layers_that_cannot_be_measured_are_named(judged: Any) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.used, self.idle = nn.Conv3d(1, 2, 1), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.own, self.used, self.idle = Doubled(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.used(self.conv(x).flatten(2))
+            return self.used(self.own(x))
 
-    report = bench(Net(), torch.randn(3, 1, 1, 2, 2), densities=(0.5,))
+    report = bench(Net(), torch.randn(3, 4), densities=(0.5,))
     assert [layer.names for layer in report.layers] == [("used",)]
     assert report.skipped == {
-        "conv": "there is no sparse form of Conv3d",
+        "own": "there is no sparse form of Doubled",
         "idle": "the example does not reach it",
     }
     assert "idle: the example does not reach it" in str(report)

@@ -23,6 +23,7 @@ Wanted = dict[str, tuple[int, int, int]]
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], Wanted]] = {
     "linear": (lambda: nn.Linear(6, 4), {"weight": (1, 0, 1)}),
+    "bilinear": (lambda: nn.Bilinear(6, 5, 4), {"weight": (1, 0, 1)}),
     "conv1d": (lambda: nn.Conv1d(6, 4, 3), {"weight": (1, 0, 1)}),
     "conv2d": (lambda: nn.Conv2d(6, 4, 3), {"weight": (1, 0, 1)}),
     "conv3d": (lambda: nn.Conv3d(6, 4, 3), {"weight": (1, 0, 1)}),
@@ -41,6 +42,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Wanted]] = {
         lambda: nn.LSTM(6, 4, num_layers=2, bidirectional=True),
         {f"weight_{kind}_l{i}{back}": (4, 0, 1) for i in (0, 1) for back in ("", "_reverse") for kind in ("ih", "hh")},
     ),
+    "no cell of torch's": (lambda: nn.RNNCellBase(6, 4, True, 3), {"weight_ih": (3, 0, 1), "weight_hh": (3, 0, 1)}),
+    "no layer of torch's": (lambda: nn.RNNBase("GRU", 6, 4), {"weight_ih_l0": (3, 0, 1), "weight_hh_l0": (3, 0, 1)}),
     "rnn cell": (lambda: nn.RNNCell(6, 4), {"weight_ih": (1, 0, 1), "weight_hh": (1, 0, 1)}),
     "gru cell": (lambda: nn.GRUCell(6, 4), {"weight_ih": (3, 0, 1), "weight_hh": (3, 0, 1)}),
     "lstm cell": (lambda: nn.LSTMCell(6, 4), {"weight_ih": (4, 0, 1), "weight_hh": (4, 0, 1)}),

@@ -99,6 +99,31 @@ def test_conv_has_the_right_derivatives(density: float, batch: int):
     assert torch.autograd.gradgradcheck(product, inputs)
 
 
+def transposed_case(density: float, batch: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Topology]:
+    """One more output row than the input asks for, as with output_padding."""
+    topology = random_topology((6, 2, 2, 3), density)
+    index = kernels.index(topology)
+    inputs = (leaf(batch, 6, 4, 7), leaf(topology.nnz + 2))
+    return lambda x, v: kernels.conv_transpose(x, v, index, GEOMETRY, (7, 9)), inputs, topology
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_conv_transpose_equals_the_dense_one(density: float, batch: int):
+    product, (x, values), topology = transposed_case(density, batch)
+    _, stride, padding, dilation, groups = GEOMETRY
+    y = F.conv_transpose2d(x, dense(topology, values), None, stride, padding, (1, 0), groups, dilation)
+    torch.testing.assert_close(product(x, values), y)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_conv_transpose_has_the_right_derivatives(density: float, batch: int):
+    product, inputs, _ = transposed_case(density, batch)
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("density", "batch"), [(0.05, 33), (0.5, 17), (1.0, 3)])
 def test_other_dtypes_stay_within_rounding(density: float, batch: int, dtype: torch.dtype):
@@ -128,15 +153,15 @@ def test_operators_are_sound_for_compilers():
     """Shape rules, autograd registration and tracing, by torch's own check; gradients arrive expanded there."""
     index = kernels.index(random_topology((5, 7), 0.4))
     values, x, dy, bias = (leaf(*s, dtype=torch.float32) for s in ((index.nnz + 2,), (3, 7), (3, 5), (5,)))
-    torch.library.opcheck(ops._spmm, (x, values, bias, *index, False, False, 0))
-    torch.library.opcheck(ops._spmm, (dy, values, None, *index, True, True, 0))
-    torch.library.opcheck(ops._sddmm, (x, dy, *index, index.nnz + 2, 0))
+    torch.library.opcheck(ops._spmm, (x, values, bias, False, False, 0, *index))
+    torch.library.opcheck(ops._spmm, (dy, values, None, True, True, 0, *index))
+    torch.library.opcheck(ops._sddmm, (x, dy, index.nnz + 2, 0, *index))
     index = kernels.index(random_topology((4, 3, 2, 3), 0.4))
     values, x = leaf(index.nnz, dtype=torch.float32), leaf(2, 6, 4, 7, dtype=torch.float32)
     dy = leaf(2, 4, *GEOMETRY.output(4, 7), dtype=torch.float32)
-    torch.library.opcheck(ops._conv, (x, values, None, *index, GEOMETRY.ints, 0))
-    torch.library.opcheck(ops._conv_input_gradient, (dy, values, *index, GEOMETRY.ints, [2, 6, 4, 7]))
-    torch.library.opcheck(ops._conv_value_gradient, (x, dy, *index, GEOMETRY.ints, index.nnz, 0))
+    torch.library.opcheck(ops._conv, (x, values, None, GEOMETRY.ints, 0, *index))
+    torch.library.opcheck(ops._conv_input_gradient, (dy, values, GEOMETRY.ints, [2, 6, 4, 7], 0, *index))
+    torch.library.opcheck(ops._conv_value_gradient, (x, dy, GEOMETRY.ints, index.nnz, 0, *index))
 
 
 def test_layout_travels():
@@ -205,6 +230,30 @@ def test_a_keeper_sees_convolutions_too():
     (found,) = torch.autograd.grad((y**2).sum(), values)
     rows = torch.cat([keeper.rows(0, 1, 18), keeper.rows(1, 3, 18), keeper.rows(3, 4, 18)])
     torch.testing.assert_close(at(topology, rows), found)
+
+
+def test_a_keeper_sees_transposed_convolutions_too_and_their_second_derivatives():
+    """Rows are inputs there. What a gradient penalty adds arrives as well."""
+    topology = random_topology((6, 2, 2, 3), 0.4)
+    index = kernels.index(topology)
+    x, values = leaf(2, 6, 4, 7), leaf(topology.nnz)
+    keeper = Keeper(lambda n: None)
+    y = kernels.conv_transpose(x, values, index, GEOMETRY, (7, 9), keep=keeper.key)
+    (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    keeper.kept.clear()
+    (found,) = torch.autograd.grad((dx**2).sum(), values)
+    rows = torch.cat([keeper.rows(0, 1, 12), keeper.rows(1, 4, 12), keeper.rows(4, 6, 12)])
+    assert len(keeper.kept) == 2
+    torch.testing.assert_close(at(topology, rows), found)
+
+
+def test_an_output_that_no_convolution_takes_to_the_input_is_refused():
+    index = kernels.index(random_topology((6, 2, 2, 3), 0.4))
+    values = leaf(index.nnz)
+    with pytest.raises(ValueError, match=r"takes \(N, 6, H, W\)"):
+        kernels.conv_transpose(leaf(2, 5, 4, 7), values, index, GEOMETRY, (7, 9))
+    with pytest.raises(ValueError, match=r"an output of 9 x 9 does not belong to an input of 4 x 7, with a kernel of"):
+        kernels.conv_transpose(leaf(2, 6, 4, 7), values, index, GEOMETRY, (9, 9))
 
 
 def test_an_image_smaller_than_the_kernel_is_refused():

@@ -259,9 +259,18 @@ class Conv1D(nn.Module):
         return torch.matmul(x, self.weight)
 
 
-def test_the_conv1d_of_transformers_counts_as_linear() -> None:
+def test_the_conv1d_of_transformers_counts_as_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes by package and name, and one of another package is not counted."""
+    assert not flops(Conv1D(7, 4), torch.zeros(2, 3, 4)).layers
+    monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
     row = flops(Conv1D(7, 4), torch.zeros(2, 3, 4), {"weight": 0.5}).layers[0]
     assert (row.kind, row.shape, row.dense, row.sparse) == ("Conv1D", (4, 7), 3 * 7 * 9, 3 * 7 * 5)
+
+
+def test_a_bilinear_layer_multiplies_each_entry_once_for_each_pair_of_inputs() -> None:
+    layer = nn.Bilinear(4, 3, 7)
+    row = flops(layer, (torch.zeros(2, 5, 4), torch.zeros(2, 5, 3)), {"weight": 0.5}).layers[0]
+    assert (row.kind, row.shape, row.dense, row.sparse) == ("Bilinear", (7, 4, 3), 5 * 7 * 25, 5 * 7 * 13)
 
 
 class Odd(nn.Module):
@@ -424,6 +433,10 @@ LAYERS: list[tuple[nn.Module, object]] = [
     (nn.Linear(6, 5), torch.zeros(2, 3, 6)),
     (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), IMAGE),
     (nn.Conv1d(4, 6, 3, padding="same"), IMAGE[:, :, 0]),
+    (nn.Conv3d(4, 6, 3, stride=2, padding=1, groups=2), IMAGE[:, :, None]),
+    (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), IMAGE),
+    (nn.ConvTranspose3d(4, 6, 3), IMAGE[:, :, None]),
+    (nn.Bilinear(6, 4, 5), (torch.zeros(2, 3, 6), torch.zeros(2, 3, 4))),
     (nn.GRU(5, 6, num_layers=2, bidirectional=True, batch_first=True), torch.zeros(3, 11, 5)),
     (nn.LSTM(5, 6, proj_size=2, batch_first=True), torch.zeros(3, 11, 5)),
     (nn.LSTMCell(5, 6), torch.zeros(3, 5)),

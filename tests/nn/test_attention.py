@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regrow import kernels
 from regrow.core.draws import Stream
-from regrow.nn import SparseLinear, SparseModule, SparseMultiheadAttention, leave_fast_path
+from regrow.nn import SparseLinear, SparseModule, SparseMultiheadAttention, from_dense, leave_fast_path
 from support.twins import assert_equal, sparsified
 
 E = 6
@@ -183,7 +183,7 @@ def test_to_dense_and_back() -> None:
 @pytest.mark.parametrize("kdim", [None, 200])
 def test_values_are_drawn_as_torch_draws_them(kdim: int | None) -> None:
     dense = nn.MultiheadAttention(100, 2, add_bias_kv=True, kdim=kdim)
-    sparse = SparseMultiheadAttention.from_dense(dense)
+    sparse = from_dense(dense)
     for name, parameter in dense.named_parameters(recurse=False):
         drawn = sparse.initial(name)(Stream(0, name, 0), 100_000)
         if name == "in_proj_bias":

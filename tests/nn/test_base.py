@@ -15,15 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from regrow.core.topology import Topology
 from regrow.nn import (
-    SPARSE,
-    SparseConv1D,
     SparseConv2d,
+    SparseConv3d,
     SparseGRU,
     SparseLinear,
     SparseModule,
     SparseMultiheadAttention,
+    from_dense,
+    kind_of,
     sparse_class,
 )
+from regrow.nn.kinds import KINDS
 from support.twins import sparsified, tensors, topology
 
 Make = Callable[[], nn.Module]
@@ -33,6 +35,11 @@ CASES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "Conv1D": (lambda: Conv1D(4, 5), (3, 5)),
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 7)),
     "Conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 5)),
+    "Conv3d": (lambda: nn.Conv3d(4, 6, (2, 3, 2), (2, 1, 1), groups=2), (2, 4, 5, 4, 3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 4, 5)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), (2, 4, 3, 5)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 6, (2, 3, 2), (2, 1, 1)), (2, 4, 3, 4, 3)),
+    "Bilinear": (lambda: nn.Bilinear(5, 3, 4), (3, 5)),
     "RNN": (lambda: nn.RNN(5, 4, bidirectional=True), (3, 2, 5)),
     "GRU": (lambda: nn.GRU(5, 4, 2), (3, 2, 5)),
     "LSTM": (lambda: nn.LSTM(5, 4, batch_first=True), (3, 2, 5)),
@@ -55,7 +62,16 @@ def run(case: str, module: nn.Module, dtype: torch.dtype = torch.float64) -> lis
     x = torch.randn(CASES[case][1]).to(dtype)
     if case == "MultiheadAttention, separate":
         return tensors(module(x, x, x[..., :5].contiguous()))
+    if case == "Bilinear":
+        return tensors(module(x, torch.randn(3, 3).to(dtype)))
     return tensors(module(x, x, x) if "Attention" in case else module(x))
+
+
+def weights(module: nn.Module) -> list[str]:
+    """The names of the weights of a dense module."""
+    kind = kind_of(type(module))
+    assert kind is not None
+    return list(kind.weights_of(module))
 
 
 def same(one: nn.Module, other: nn.Module, case: str) -> bool:
@@ -65,16 +81,14 @@ def same(one: nn.Module, other: nn.Module, case: str) -> bool:
 @every
 def test_there_and_back_nothing_is_lost(case: str) -> None:
     dense = CASES[case][0]().double()
-    cls = sparse_class(dense)
-    assert cls is not None
     for zeroed in (False, True):
         if zeroed:
             with torch.no_grad():
-                for name in cls.names(dense):
+                for name in weights(dense):
                     getattr(dense, name).view(-1)[::2] = 0
         before = copy.deepcopy(dense.state_dict())
-        sparse = cls.from_dense(dense)
-        for name in cls.names(dense):
+        sparse = from_dense(dense)
+        for name in weights(dense):
             assert getattr(sparse, name).numel() == int(getattr(dense, name).count_nonzero())
         back = sparse.eval().to_dense()
         assert type(back) is type(dense) and not back.training
@@ -83,7 +97,7 @@ def test_there_and_back_nothing_is_lost(case: str) -> None:
         for name, tensor in before.items():
             assert torch.equal(back.state_dict()[name], tensor)
             assert torch.equal(dense.state_dict()[name], tensor)
-        assert type(sparse) is cls
+        assert type(sparse) is sparse_class(dense)
         assert same(back, dense.eval(), case)
         dense.train()
 
@@ -91,12 +105,10 @@ def test_there_and_back_nothing_is_lost(case: str) -> None:
 @every
 def test_from_dense_keeps_given_topologies_and_frozen_weights(case: str) -> None:
     dense = CASES[case][0]()
-    cls = sparse_class(dense)
-    assert cls is not None
-    name = cls.names(dense)[-1]
+    name = weights(dense)[-1]
     parameter = getattr(dense, name).requires_grad_(False)
     given = topology(tuple(parameter.shape), 0.5)
-    sparse = cls.from_dense(dense, {name: given})
+    sparse = from_dense(dense, {name: given})
     assert sparse.topology(name) == given
     assert not getattr(sparse, name).requires_grad
     assert not getattr(sparse.to_dense(), name).requires_grad
@@ -209,11 +221,13 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
 
 
 def test_every_dense_class_has_its_own_sparse_one() -> None:
-    assert {sparse.dense_type: sparse for sparse in SPARSE.values()} == SPARSE
-    for make, _ in CASES.values():
-        dense = make()
-        assert sparse_class(dense) is SPARSE.get(type(dense), SparseConv1D)
-    assert {type(make()) for make, _ in CASES.values()} == {*SPARSE, Conv1D}
+    """And every one of them goes through this file."""
+    ours = [row for row in KINDS.values() if isinstance(row.dense, str) or row.dense.__module__.startswith("torch.")]
+    rows = {row.name: row.sparse for row in ours if row.sparse is not None}
+    made = [make() for make, _ in CASES.values()]
+    assert {type(dense).__name__: sparse_class(dense) for dense in made} == rows
+    assert len(set(rows.values())) == len(rows)
+    assert all(cls.dense_type.__name__ == name for name, cls in rows.items() if name != "Conv1D")
 
 
 def test_which_modules_have_a_sparse_class() -> None:
@@ -239,8 +253,9 @@ def test_which_modules_have_a_sparse_class() -> None:
     assert sparse_class(nn.MultiheadAttention(2, 1).out_proj) is SparseLinear
     assert sparse_class(nn.MultiheadAttention(2, 1)) is SparseMultiheadAttention
     assert sparse_class(nn.Conv2d(1, 1, 1)) is SparseConv2d
+    assert sparse_class(nn.LazyConv3d(1, 1)) is SparseConv3d
     others = [Doubled(2, 2), Standardized(1, 1, 1), Scaled(2, 2), patched, computed]
-    others += [nn.Conv3d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.LayerNorm(2), nn.Bilinear(2, 2, 2)]
+    others += [nn.LayerNorm(2), nn.RNNBase("GRU", 2, 2), nn.Embedding(2, 2)]
     assert [sparse_class(module) for module in others] == [None] * len(others)
 
 
@@ -249,7 +264,7 @@ def test_a_subclass_comes_back_as_itself() -> None:
         pass
 
     dense = Named(3, 2)
-    sparse = SparseGRU.from_dense(dense)
+    sparse = from_dense(dense)
     assert type(sparse) is SparseGRU
     assert type(sparse.to_dense()) is Named
     assert not hasattr(sparse.to_dense(), "dense_type")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from regrow import kernels
-from regrow.nn import SparseConv1d, SparseConv2d, SparseModule
-from support.twins import assert_equal, sparsified
+from regrow.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseModule
+from support.twins import assert_equal, sparsified, topology
 
 OPTIONS: list[dict[str, Any]] = [
     {"kernel_size": 1},
@@ -27,8 +27,15 @@ PLANE: list[dict[str, Any]] = [
     {"kernel_size": (2, 3), "padding": "same", "dilation": (2, 1)},
     {"kernel_size": (1, 4), "padding": (1, 0), "padding_mode": "circular"},
 ]
-KINDS = [(cls, options) for cls in (nn.Conv1d, nn.Conv2d) for options in OPTIONS]
-KINDS += [(nn.Conv2d, options) for options in PLANE]
+SPACE: list[dict[str, Any]] = [
+    {"kernel_size": (3, 1, 2), "padding": (2, 0, 1), "stride": (1, 2, 1)},
+    {"kernel_size": (2, 3, 1), "padding": "same", "dilation": (2, 1, 1), "groups": 2},
+    {"kernel_size": (1, 3, 2), "padding": (0, 1, 0), "stride": (2, 1, 1)},
+    {"kernel_size": (2, 1, 1), "padding": (1, 0, 0), "dilation": (3, 1, 1), "stride": (2, 1, 1), "bias": False},
+]
+KINDS = [(cls, options) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) for options in OPTIONS]
+KINDS += [(nn.Conv2d, options) for options in PLANE] + [(nn.Conv3d, options) for options in SPACE]
+SIZES = {nn.Conv1d: (9,), nn.Conv2d: (9, 7), nn.Conv3d: (5, 9, 7)}
 
 
 def label(value: Any) -> str:
@@ -38,7 +45,7 @@ def label(value: Any) -> str:
 
 
 def image(cls: type[nn.Module], *batch: int) -> torch.Tensor:
-    return torch.randn(*batch, 4, *((9,) if cls is nn.Conv1d else (9, 7)), dtype=torch.float64)
+    return torch.randn(*batch, 4, *SIZES[cls], dtype=torch.float64)
 
 
 # Torch itself says so of an even kernel with "same" padding.
@@ -53,6 +60,7 @@ def test_equals_the_dense_one(cls: type[nn.Module], options: dict[str, Any], den
         assert_equal(sparse, dense, image(cls))
     got, expected = sparse(image(cls, 0)), dense(image(cls, 0))
     assert got.shape == expected.shape
+    assert sparse(image(cls, 3)).is_contiguous()
 
 
 def test_channels_last_input() -> None:
@@ -61,13 +69,14 @@ def test_channels_last_input() -> None:
     assert_equal(sparsified(dense, 0.5), dense, x)
 
 
-def test_second_derivatives() -> None:
-    sparse = sparsified(nn.Conv2d(2, 2, 2, padding=1, groups=2).double(), 0.8)
-    x = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.Conv3d])
+def test_second_derivatives(cls: type[nn.Module]) -> None:
+    sparse = sparsified(cls(2, 2, 2, padding=1, groups=2).double(), 0.8)
+    x = torch.randn(1, 2, *[1, 2, 3][-len(SIZES[cls]) :], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: sparse(x).sin(), (x, sparse.weight, sparse.bias))
 
 
-@pytest.mark.parametrize(("cls", "groups"), [(nn.Conv1d, 1), (nn.Conv2d, 2)], ids=label)
+@pytest.mark.parametrize(("cls", "groups"), [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 1), (nn.Conv3d, 2)], ids=label)
 @pytest.mark.parametrize("density", [0.4, 1.0])
 def test_a_keeper_sees_the_gradient_at_every_position(cls: type[nn.Module], groups: int, density: float) -> None:
     dense = cls(4, 6, 3, stride=2, padding=1, groups=groups).double()
@@ -78,19 +87,28 @@ def test_a_keeper_sees_the_gradient_at_every_position(cls: type[nn.Module], grou
     expected = dense.weight.grad.view(6, -1)
     torch.testing.assert_close(keeper.rows(0, 6, expected.shape[1]), expected)
     torch.testing.assert_close(keeper.rows(2, 5, expected.shape[1]), expected[2:5])
+    anywhere = topology(tuple(dense.weight.shape), 0.3)
+    sampled = kernels.sampled(keeper.kept[0], kernels.index(anywhere))
+    torch.testing.assert_close(sampled, dense.weight.grad.view(-1)[anywhere.indices])
 
 
-@pytest.mark.parametrize("cls", [SparseConv1d, SparseConv2d])
+@pytest.mark.parametrize("cls", [SparseConv1d, SparseConv2d, SparseConv3d])
 def test_constructors_take_what_torch_takes(cls: type[SparseModule]) -> None:
     sparse = cls(4, 6, 3, 2, 1, 1, 2, False, density=0.25, seed=0, dtype=torch.float64)
     dense = cls.dense_type(4, 6, 3, 2, 1, 1, 2, False)
     assert sparse.shapes["weight"] == dense.weight.shape
     assert sparse.topology().nnz == dense.weight.numel() // 4
     assert sparse.bias is None
+    assert repr(sparse.to_dense()) == repr(dense)
     x = image(cls.dense_type, 2)
     torch.testing.assert_close(sparse(x), sparse.to_dense()(x))
     again = cls(4, 6, 3, 2, 1, 1, 2, False, density=0.25, seed=0, dtype=torch.float64)
     assert torch.equal(sparse(x), again(x))
+    circular = cls(4, 6, 3, padding=1, padding_mode="circular", density=0.5, dtype=torch.float64)
+    torch.testing.assert_close(circular(x), circular.to_dense()(x))
+    other = circular.to_dense()
+    other.padding_mode = "zeros"
+    assert not torch.allclose(circular(x), other(x))
 
 
 def test_values_are_drawn_as_torch_draws_them() -> None:
@@ -101,7 +119,7 @@ def test_values_are_drawn_as_torch_draws_them() -> None:
 
 
 @pytest.mark.parametrize("density", [0.4, 1.0])
-@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d], ids=label)
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d], ids=label)
 def test_compiles_to_one_graph(cls: type[nn.Module], density: float) -> None:
     dense = cls(4, 6, 3, padding="same").double()
     sparse = sparsified(dense, density)
@@ -118,8 +136,10 @@ def test_errors_say_what_is_wrong() -> None:
         SparseConv2d(4, 6, 3, groups=3, density=0.5)
     with pytest.raises(ValueError, match=r"density must lie in \[0, 1\], got 1.5"):
         SparseConv1d(4, 6, 3, density=1.5)
+    with pytest.raises(ValueError, match="input of depth 2, padding included, is smaller than the kernel of 3"):
+        SparseConv3d(4, 6, 3, density=0.5)(torch.zeros(1, 4, 2, 5, 5))
     layer = SparseConv2d(4, 6, 3, density=0.5)
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 9, 9\), the sparse convolution takes \(N, 4, H, W\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 9, 9\), this SparseConv2d takes \(N, 4, H, W\)"):
         layer(torch.zeros(2, 3, 9, 9))
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import regrow
 from regrow import kernels
-from regrow.nn import SparseConv1D, SparseLinear, SparseModule
+from regrow.nn import SparseBilinear, SparseConv1D, SparseLinear, SparseModule
 from support.twins import assert_equal, sparsified
 
 SHAPES = [(1, 1), (7, 3), (3, 17), (33, 20)]
@@ -34,6 +34,48 @@ def test_equals_the_dense_one(cls: type[nn.Module], n_in: int, n_out: int, densi
         sparse = sparsified(dense, density, room=room)
         for batch in [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)]:
             assert_equal(sparse, dense, torch.randn(*batch, n_in, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_bilinear_equals_the_dense_one(density: float, bias: bool) -> None:
+    dense = nn.Bilinear(5, 3, 4, bias).double()
+    for room in (0, 5):
+        sparse = sparsified(dense, density, room=room)
+        for batch in [(), (1,), (5,), (2, 3), (0,)]:
+            assert_equal(sparse, dense, *(torch.randn(*batch, n, dtype=torch.float64) for n in (5, 3)))
+
+
+def test_bilinear_second_derivatives() -> None:
+    sparse = sparsified(nn.Bilinear(3, 2, 2).double(), 0.7)
+    x, z = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (3, 2))
+    assert torch.autograd.gradgradcheck(lambda x, z, *_: sparse(x, z).sin(), (x, z, sparse.weight, sparse.bias))
+
+
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_a_keeper_sees_the_gradient_of_a_bilinear_weight_at_every_position(density: float) -> None:
+    dense = nn.Bilinear(5, 3, 4).double()
+    sparse = sparsified(dense, density)
+    keeper = kernels.Keeper(lambda n: None)
+    sparse.keys["weight"] = keeper.key
+    assert_equal(sparse, dense, *(torch.randn(7, n, dtype=torch.float64) for n in (5, 3)))
+    torch.testing.assert_close(keeper.rows(0, 4, 15), dense.weight.grad.view(4, 15))
+    torch.testing.assert_close(kernels.sampled(keeper.kept[0], sparse.index()), sparse.weight.grad)
+
+
+def test_bilinear_layers_of_ones_own() -> None:
+    layer = SparseBilinear(90, 30, 20, False, density=0.1, seed=0, dtype=torch.float64)
+    assert layer.topology().nnz == 5400 and layer.bias is None
+    assert 0.98 / 90**0.5 < layer.weight.abs().max() <= 1 / 90**0.5
+    assert repr(layer.to_dense()) == repr(nn.Bilinear(90, 30, 20, False))
+    x, z = torch.randn(2, 90, dtype=torch.float64), torch.randn(2, 30, dtype=torch.float64)
+    torch.testing.assert_close(layer(input1=x, input2=z), layer.to_dense()(x, z))
+    with pytest.raises(
+        ValueError, match=r"shapes \(2, 90\) and \(3, 30\), this SparseBilinear takes \(\.\.\., 90\) and"
+    ):
+        layer(x, z[[0, 1, 1]])
+    with pytest.raises(ValueError, match=r"shapes \(2, 30\) and \(2, 90\)"):
+        layer(z, x)
 
 
 def test_without_bias() -> None:

@@ -38,6 +38,17 @@ class Attentive(Reader):
         return self.body(x, x, x, need_weights=False)[0]
 
 
+class Paired(nn.Module):
+    """A bilinear layer on both parts of (batch, 6 + 5), and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Bilinear(6, 5, 9), nn.Linear(9, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x[:, :6], x[:, 6:]).tanh())
+
+
 def _linear() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, CLASSES))
 
@@ -47,9 +58,24 @@ def _conv() -> nn.Module:
     return nn.Sequential(*first, nn.Conv2d(6, 6, 3, stride=2), nn.Flatten(), nn.Linear(24, CLASSES))
 
 
+def _volume() -> nn.Module:
+    first = [nn.Conv3d(2, 6, (2, 3, 2), padding=(1, 0, 1)), nn.Tanh()]
+    return nn.Sequential(*first, nn.Conv3d(6, 4, 2, stride=(1, 1, 2), groups=2), nn.Flatten(), nn.Linear(16, CLASSES))
+
+
+def _decoder() -> nn.Module:
+    line = [nn.ConvTranspose1d(2, 6, 3), nn.Tanh(), nn.Unflatten(1, (2, 3))]
+    plane = [nn.ConvTranspose2d(2, 6, 2, stride=2), nn.Tanh(), nn.Unflatten(1, (2, 3))]
+    space = [nn.ConvTranspose3d(2, 4, 2, padding=1, groups=2), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*line, *plane, *space, nn.Linear(4 * 2 * 5 * 11, CLASSES))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (_linear, (12,)),
     "conv": (_conv, (2, 6, 6)),
+    "volume": (_volume, (2, 2, 4, 4)),
+    "decoder": (_decoder, (2, 4)),
+    "bilinear": (Paired, (11,)),
     "gru": (lambda: Reader(nn.GRU(6, 7, batch_first=True), 7), (4, 6)),
     "lstm": (lambda: Reader(nn.LSTM(6, 7, batch_first=True), 7), (4, 6)),
     "attention": (lambda: Attentive(nn.MultiheadAttention(6, 2, batch_first=True), 6), (4, 6)),

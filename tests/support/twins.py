@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.topology import Topology
-from regrow.nn import SparseModule, sparse_class
+from regrow.nn import SparseModule, kind_of, sparse_class
 
 
 def topology(shape: tuple[int, ...], density: float) -> Topology:
@@ -20,10 +20,10 @@ def topology(shape: tuple[int, ...], density: float) -> Topology:
 
 def sparsified(dense: nn.Module, density: float, names: Sequence[str] | None = None, room: int = 0) -> SparseModule:
     """A sparse copy of `dense`, which gets zeros where nothing is active; `room` is left for more entries."""
-    cls = sparse_class(dense)
-    assert cls is not None
+    cls, kind = sparse_class(dense), kind_of(type(dense))
+    assert cls is not None and kind is not None
     weights = {}
-    for name in cls.names(dense) if names is None else names:
+    for name in kind.weights_of(dense) if names is None else names:
         parameter = getattr(dense, name)
         at = topology(tuple(parameter.shape), density)
         with torch.no_grad():

@@ -32,8 +32,7 @@ from regrow.engine.timing import (
     torch_sparse,
     without_hooks,
 )
-from regrow.metrics.uses import kind
-from regrow.nn import sparse_class
+from regrow.nn import kind_of, sparse_class
 from regrow.nn.base import sample
 
 DENSITIES = (0.2, 0.1, 0.05, 0.02, 0.01)
@@ -250,7 +249,9 @@ def _layer(module: nn.Module, task: _Task, call: Call, densities: Sequence[float
         density: Race({"dense": seconds["dense"], **{name: seconds[f"{name} {density}"] for name in layers}})
         for density, layers in made.items()
     }
-    return Layer((task.name,), kind(module), tuple(task.shapes.values()), inputs, races, notes)
+    kind = kind_of(type(module))
+    assert kind is not None
+    return Layer((task.name,), kind.name, tuple(task.shapes.values()), inputs, races, notes)
 
 
 def _random(task: _Task, density: float) -> Topologies:

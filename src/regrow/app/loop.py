@@ -212,7 +212,7 @@ def _small_width(network: Callable[[float], nn.Module], config: Config) -> float
     biases = sum(
         m.bias.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None
     )
-    return regrow.methods.small_dense(network, metrics.model_bits(pairs, n_biases=biases))
+    return metrics.small_dense(network, metrics.model_bits(pairs, n_biases=biases))
 
 
 def _optimizer(config: Config, model: nn.Module) -> Optimizer:

@@ -1,7 +1,8 @@
 """Which parameters of a model are sparsified, by module type, and which are left out and why.
 
-Sparsified: weights of Linear, Conv, ConvTranspose, recurrent and attention modules, and transformers' Conv1D.
-Never: biases, norm parameters, embeddings, depthwise convolutions. A tied parameter counts once.
+Sparsified: the weights that the rows of `regrow.nn` name: of Linear, Bilinear, Conv, ConvTranspose, recurrent and
+attention modules, transformers' Conv1D and registered types. Never: biases, norm parameters, embeddings, depthwise
+convolutions. A tied parameter counts once.
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from regrow.core.names import canonical, canonical_names, matches
-from regrow.nn import SparseModule
+from regrow.nn import SparseModule, kind_of
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A parameter or module name or glob, a module type, or a predicate of (canonical parameter name, module)."""
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_GATES = {"RNN": 1, "RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def find(
     if not found:
         why = (
             "; ".join(f"{e.name}: {e.reason}" for e in excluded)
-            or "it has no Linear, Conv, recurrent or attention weight"
+            or "it has no Linear, Conv, recurrent or attention weight, and regrow.nn.register adds types of your own"
         )
         raise ValueError(f"nothing to sparsify in {type(model).__name__}: {why}")
     return found, excluded
@@ -107,8 +104,9 @@ def _reason(found: Found, skips: list[Selector], onlys: list[Selector] | None, o
         return "not among only="
     if other_owner is not None:
         return f"shared with {other_owner}"
-    if isinstance(found.module, _CONVS + _TRANSPOSED) and found.module.groups == found.module.in_channels > 1:
-        return "depthwise"
+    kind = kind_of(type(found.module))
+    if kind is not None and (why := kind.left_out(found.module)) is not None:
+        return why
     if not found.parameter.requires_grad or found.parameter.numel() == 0:
         return "frozen" if found.parameter.numel() else "empty"
     return None
@@ -130,31 +128,26 @@ def _candidates(model: nn.Module) -> list[Found]:
                 raise ValueError(f"{path}.{attribute} has no shape yet: run one batch through the lazy module first")
             name = names[f"{path}.{attribute}" if path else attribute]
             candidates.append(Found(name, parameter, module, (), blocks, out_axis, in_axis))
+            _require_shape(candidates[-1])
     return [replace(c, holders=tuple(holders[id(c.parameter)])) for c in candidates]
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, int, int, int]]:
-    """(attribute, blocks, output axis, input axis) of every weight that a module type declares."""
-    if isinstance(module, nn.Linear) or isinstance(module, _CONVS):
-        yield "weight", 1, 0, 1
-    elif isinstance(module, _TRANSPOSED) or _is_conv1d_of_transformers(module):
-        yield "weight", 1, 1, 0
-    elif isinstance(module, nn.MultiheadAttention):
-        yield "in_proj_weight", 3, 0, 1
-        for attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            yield attribute, 1, 0, 1
-    elif isinstance(module, nn.RNNBase):
-        for attribute, _ in module.named_parameters(recurse=False):
-            if attribute.startswith("weight_"):
-                yield attribute, 1 if attribute.startswith("weight_hr") else _GATES[module.mode], 0, 1
-    elif isinstance(module, nn.RNNCellBase):
-        gates = module.weight_ih.shape[0] // module.hidden_size
-        for attribute in ("weight_ih", "weight_hh"):
-            yield attribute, gates, 0, 1
+    """(attribute, blocks, output axis, input axis) of every weight that a module's kind declares."""
+    kind = kind_of(type(module))
+    if kind is not None:
+        for attribute, blocks in kind.weights_of(module).items():
+            yield attribute, blocks, kind.out_axis, kind.in_axis
 
 
-def _is_conv1d_of_transformers(module: nn.Module) -> bool:
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+def _require_shape(found: Found) -> None:
+    """Raise ValueError unless the parameter has the axes and blocks that the row of its module's kind says."""
+    shape = tuple(found.parameter.shape)
+    if max(found.out_axis, found.in_axis) >= len(shape) or shape[0] % found.blocks:
+        raise ValueError(
+            f"{found.name} has shape {shape}, and the row of its module in regrow.nn says that it has axes "
+            f"{found.out_axis} and {found.in_axis} and {found.blocks} equal blocks of rows"
+        )
 
 
 def _reparametrized(model: nn.Module) -> list[Excluded]:

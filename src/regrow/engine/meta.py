@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regrow.core.draws import Stream
 from regrow.kernels import Index
-from regrow.nn import SparseModule, SparseMultiheadAttention
+from regrow.nn import SparseModule
 from regrow.storage.compressed import exchange
 
 
@@ -69,10 +69,7 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
             else:
                 module.register_buffer(name, real, persistent=name not in module._non_persistent_buffers_set)
         if isinstance(module, SparseModule):
-            for name in on_meta:
-                _draw(module, name, Stream(seed, f"{path}.{name}", -1))
-            if isinstance(module, SparseMultiheadAttention) and isinstance(module.out_proj.bias, Tensor):
-                nn.init.zeros_(module.out_proj.bias)
+            module.initialize({name: Stream(seed, f"{path}.{name}", -1) for name in on_meta})
         else:
             reset = _reset(module)
             assert reset is not None
@@ -83,9 +80,3 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
                     f"{path or type(module).__name__} has {', '.join(unfilled)} on the meta device, which its "
                     "reset_parameters leaves without values: build that module on a real device"
                 )
-
-
-def _draw(module: SparseModule, name: str, stream: Stream) -> None:
-    tensor: Tensor = getattr(module, name)
-    drawn = module.initial(name)(stream, tensor.numel())
-    tensor.detach().copy_(drawn.view(tensor.shape))

@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from regrow import kernels
 from regrow.core.topology import Topology
-from regrow.nn import sparse_class
+from regrow.nn import from_dense
+from regrow.nn.kinds import read_children
 
 ROUNDS = 7
 SAMPLE = 0.01
@@ -184,11 +185,11 @@ def calls(model: nn.Module, example: Any, modules: Iterable[nn.Module]) -> dict[
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module in wanted:
             note(module, args, kwargs)
-        if isinstance(module, nn.MultiheadAttention) and module.out_proj in wanted:
-            # Dense attention multiplies by this weight without calling its module; inputs are shaped like outputs.
-            note(module.out_proj, (output[0],), {})
+        for child in read_children(module):
+            if child in wanted:
+                note(child, (_first(output),), {})
 
-    watched = [m for m in model.modules() if m in wanted or isinstance(m, nn.MultiheadAttention)]
+    watched = [m for m in model.modules() if m in wanted or read_children(m)]
     with _as_it_was(model):
         handles = [m.register_forward_hook(record, with_kwargs=True) for m in watched]
         try:
@@ -275,9 +276,7 @@ def alike(module: nn.Module, topologies: Topologies, call: Call) -> Hashable:
 
 def compressed(module: nn.Module, topologies: Topologies) -> nn.Module:
     """The sparse form of a dense `module` that has one."""
-    kind = sparse_class(module)
-    assert kind is not None
-    return kind.from_dense(module, topologies)
+    return from_dense(module, topologies)
 
 
 def masked(module: nn.Module, topologies: Topologies) -> nn.Module:

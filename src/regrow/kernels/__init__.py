@@ -5,6 +5,7 @@ from regrow.kernels.geometry import Geometry as Geometry
 from regrow.kernels.index import Index as Index
 from regrow.kernels.native import instruction_set as instruction_set
 from regrow.kernels.ops import conv as conv
+from regrow.kernels.ops import conv_transpose as conv_transpose
 from regrow.kernels.ops import index as index
 from regrow.kernels.ops import linear as linear
 from regrow.kernels.ops import sampled as sampled

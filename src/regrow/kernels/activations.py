@@ -35,7 +35,7 @@ class Keeper:
         self.key = next(_keys)
         self.kept: list[Operands] = []
         """Copies, in the order of the backward passes."""
-        self._allow = allow
+        self.allow = allow
         _keepers[self.key] = self
 
     @property
@@ -60,7 +60,7 @@ def keep(key: int, x: Tensor, dy: Tensor, geometry: Geometry | None = None) -> N
     """Hand x and dy to the keeper of `key`; 0 is nobody."""
     keeper = _keepers.get(key) if key else None
     if keeper is not None:
-        keeper._allow(x.nbytes + dy.nbytes)
+        keeper.allow(x.nbytes + dy.nbytes)
         # Copies, since compiled programs reuse the memory of what they have read.
         keeper.kept.append(Operands(x.detach().clone(), dy.detach().clone(), geometry))
 

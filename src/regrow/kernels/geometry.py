@@ -40,3 +40,13 @@ class Geometry(NamedTuple):
             )
         ]
         return sizes[0], sizes[1]
+
+    def smallest(self, height: int, width: int) -> Pair:
+        """Height and width of the smallest input that has an output (height, width)."""
+        sizes = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, k, s, p, d in zip(
+                (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+        return sizes[0], sizes[1]

@@ -7,11 +7,13 @@ derivatives of any order exist. Every operator has a shape rule, so `torch.compi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from regrow.core.topology import Topology
 from regrow.kernels import activations, native, reference
@@ -59,7 +61,7 @@ def linear(
         raise ValueError(f"the input has {x.shape[-1]:,} features, the sparse weight takes {expected:,}")
     x, values, bias = _cast(x, values, bias)
     flat = _flat(x)
-    y: Tensor = _spmm(flat, values, bias, *index, transposed, _is_feature_major(flat), keep)
+    y: Tensor = _spmm(flat, values, bias, transposed, _is_feature_major(flat), keep, *index)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -86,7 +88,42 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry:
             f"{geometry.kernel} with dilation {geometry.dilation}: give larger images or more padding"
         )
     x, values, bias = _cast(x, values, bias)
-    y: Tensor = _conv(x.contiguous(), values, bias, *index, geometry.ints, keep)
+    y: Tensor = _conv(x.contiguous(), values, bias, geometry.ints, keep, *index)
+    return y
+
+
+def conv_transpose(
+    x: Tensor, values: Tensor, index: Index, geometry: Geometry, size: tuple[int, int], *, keep: int = 0
+) -> Tensor:
+    """The transposed convolution of x (N, I, H, W) with a sparse weight: (N, O, *size).
+
+    This is what the convolution of `geometry` passes back from a gradient x to an input of `size`.
+
+    Args:
+        x: (N, I, H, W).
+        values: (capacity,) of which the first nnz are used.
+        index: of the weight seen as the matrix (I, O / groups * KH * KW).
+        geometry: of the convolution that is transposed.
+        size: height and width of the output, which that convolution takes to H and W.
+        keep: the key of a `Keeper`.
+
+    Raises:
+        ValueError: when the channels of x or `size` do not fit.
+    """
+    if x.dim() != 4 or x.shape[1] != index.rows:
+        raise ValueError(
+            f"the input has shape {tuple(x.shape)}, the transposed sparse convolution takes (N, {index.rows:,}, H, W)"
+        )
+    if min(*size, *x.shape[2:]) < 1 or geometry.output(*size) != (x.shape[2], x.shape[3]):
+        raise ValueError(
+            f"an output of {size[0]} x {size[1]} does not belong to an input of {x.shape[2]} x {x.shape[3]}, with a "
+            f"kernel of {geometry.kernel}, stride {geometry.stride}, padding {geometry.padding} and dilation "
+            f"{geometry.dilation}"
+        )
+    x, values, _ = _cast(x, values, None)
+    channels = index.cols * geometry.groups // (geometry.kernel[0] * geometry.kernel[1])
+    shape = [x.shape[0], channels, *size]
+    y: Tensor = _conv_input_gradient(x.contiguous(), values, geometry.ints, shape, keep, *index)
     return y
 
 
@@ -129,52 +166,42 @@ def sampled(operands: activations.Operands, index: Index) -> Tensor:
     """The gradient of a weight at the entries of `index`, (nnz,), from what one product left behind."""
     x, dy, geometry = operands
     if geometry is None:
-        found: Tensor = _sddmm(x, dy, *index, index.nnz, 0)
+        found: Tensor = _sddmm(x, dy, index.nnz, 0, *index)
     else:
-        found = _conv_value_gradient(x, dy, *index, geometry.ints, index.nnz, 0)
+        found = _conv_value_gradient(x, dy, geometry.ints, index.nnz, 0, *index)
     return found
 
 
-@torch.library.custom_op("regrow::spmm", mutates_args=())
+_INDEX = ", ".join(f"Tensor {field}" for field in Index._fields)
+
+
+def _operator(name: str, arguments: str) -> Callable[[Callable[..., object]], CustomOpDef]:
+    """What declares a torch operator of `arguments` and, after them, the tensors of an index."""
+    # Not one `Tensor[]`: torch flattens lists in Python at every call, a quarter of the time of a small layer's step.
+    return torch.library.custom_op(f"regrow::{name}", mutates_args=(), schema=f"({arguments}, {_INDEX}) -> Tensor")
+
+
+@_operator("spmm", "Tensor x, Tensor values, Tensor? bias, bool transposed, bool feature_major, SymInt keep")
 def _spmm(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    transposed: bool,
-    feature_major: bool,
-    keep: int,
+    x: Tensor, values: Tensor, bias: Tensor | None, transposed: bool, feature_major: bool, keep: int, *at: Tensor
 ) -> Tensor:
     """x (batch, cols) W^T + bias, or x (batch, rows) W + bias; `feature_major` is the layout of the output."""
-    at = Index(starts, columns, t_starts, t_rows, order)
-    out = _empty(x, at.cols if transposed else at.rows, feature_major)
-    _kernels(x, values, starts).spmm(_flat(x), values.contiguous(), _whole(bias), at, transposed, out)
+    index = Index(*at)
+    out = _empty(x, index.cols if transposed else index.rows, feature_major)
+    _kernels(x, values, index.starts).spmm(_flat(x), values.contiguous(), _whole(bias), index, transposed, out)
     return out
 
 
 @_spmm.register_fake
 def _(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    transposed: bool,
-    feature_major: bool,
-    keep: int,
+    x: Tensor, values: Tensor, bias: Tensor | None, transposed: bool, feature_major: bool, keep: int, *at: Tensor
 ) -> Tensor:
-    return _empty(x, (t_starts if transposed else starts).shape[0] - 1, feature_major)
+    index = Index(*at)
+    return _empty(x, index.cols if transposed else index.rows, feature_major)
 
 
 def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, *at, ctx.transposed, _, ctx.keep = inputs
+    x, values, _, ctx.transposed, _, ctx.keep, *at = inputs
     ctx.save_for_backward(x, values, *at)
 
 
@@ -185,107 +212,63 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dy = _flat(grad)
     if need_x:
         # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
-        dx = _spmm(dy, values, None, *at, not ctx.transposed, _is_feature_major(x), ctx.keep)
+        dx = _spmm(dy, values, None, not ctx.transposed, _is_feature_major(x), ctx.keep, *at)
     if need_values:
         inner, outer = (dy, x) if ctx.transposed else (x, dy)
-        dvalues = _sddmm(inner, outer, *at, values.shape[0], ctx.keep)
+        dvalues = _sddmm(inner, outer, values.shape[0], ctx.keep, *at)
     return dx, dvalues, grad.sum(0) if need_bias else None, *[None] * 8
 
 
 _spmm.register_autograd(_spmm_backward, setup_context=_spmm_context)
 
 
-@torch.library.custom_op("regrow::sddmm", mutates_args=())
-def _sddmm(
-    x: Tensor,
-    dy: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    capacity: int,
-    keep: int,
-) -> Tensor:
+@_operator("sddmm", "Tensor x, Tensor dy, SymInt capacity, SymInt keep")
+def _sddmm(x: Tensor, dy: Tensor, capacity: int, keep: int, *at: Tensor) -> Tensor:
     """(capacity,): at each active entry the sum over the batch of dy[b, row] x[b, column]; zero beyond nnz."""
-    at = Index(starts, columns, t_starts, t_rows, order)
+    index = Index(*at)
     out = x.new_empty(capacity)
-    out[at.nnz :] = 0
-    _kernels(x, dy, starts).sddmm(_flat(x), _flat(dy), at, out)
+    out[index.nnz :] = 0
+    _kernels(x, dy, index.starts).sddmm(_flat(x), _flat(dy), index, out)
     activations.keep(keep, x, dy)
     return out
 
 
 @_sddmm.register_fake
-def _(
-    x: Tensor,
-    dy: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    capacity: int,
-    keep: int,
-) -> Tensor:
+def _(x: Tensor, dy: Tensor, capacity: int, keep: int, *at: Tensor) -> Tensor:
     return x.new_empty(capacity)
 
 
 def _sddmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, dy, *at, _, _ = inputs
+    x, dy, _, _, *at = inputs
     ctx.save_for_backward(x, dy, *at)
 
 
 def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, dy, *at = ctx.saved_tensors
-    dx = _spmm(dy, grad, None, *at, True, _is_feature_major(x), 0) if ctx.needs_input_grad[0] else None
-    ddy = _spmm(x, grad, None, *at, False, _is_feature_major(dy), 0) if ctx.needs_input_grad[1] else None
+    dx = _spmm(dy, grad, None, True, _is_feature_major(x), 0, *at) if ctx.needs_input_grad[0] else None
+    ddy = _spmm(x, grad, None, False, _is_feature_major(dy), 0, *at) if ctx.needs_input_grad[1] else None
     return dx, ddy, *[None] * 7
 
 
 _sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_context)
 
 
-@torch.library.custom_op("regrow::conv", mutates_args=())
-def _conv(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    geometry: list[int],
-    keep: int,
-) -> Tensor:
+@_operator("conv", "Tensor x, Tensor values, Tensor? bias, SymInt[] geometry, SymInt keep")
+def _conv(x: Tensor, values: Tensor, bias: Tensor | None, geometry: list[int], keep: int, *at: Tensor) -> Tensor:
     """The convolution of x (N, C, H, W), contiguous: (N, O, HO, WO)."""
-    shape = Geometry.from_ints(geometry)
-    out = x.new_empty(x.shape[0], starts.shape[0] - 1, *shape.output(x.shape[2], x.shape[3]))
-    at = Index(starts, columns, t_starts, t_rows, order)
-    _kernels(x, values, starts).conv(x.contiguous(), values.contiguous(), _whole(bias), at, shape, out)
+    index, shape = Index(*at), Geometry.from_ints(geometry)
+    out = x.new_empty(x.shape[0], index.rows, *shape.output(x.shape[2], x.shape[3]))
+    _kernels(x, values, index.starts).conv(x.contiguous(), values.contiguous(), _whole(bias), index, shape, out)
     return out
 
 
 @_conv.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    geometry: list[int],
-    keep: int,
-) -> Tensor:
-    shape = Geometry.from_ints(geometry)
-    return x.new_empty(x.shape[0], starts.shape[0] - 1, *shape.output(x.shape[2], x.shape[3]))
+def _(x: Tensor, values: Tensor, bias: Tensor | None, geometry: list[int], keep: int, *at: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], Index(*at).rows, *Geometry.from_ints(geometry).output(x.shape[2], x.shape[3]))
 
 
 def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, *at, ctx.geometry, ctx.keep = inputs
+    x, values, _, ctx.geometry, ctx.keep, *at = inputs
     ctx.save_for_backward(x, values, *at)
 
 
@@ -293,117 +276,73 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, *at = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dy = grad.contiguous()
-    dx = _conv_input_gradient(dy, values, *at, ctx.geometry, list(x.shape), ctx.keep) if need_x else None
-    dvalues = _conv_value_gradient(x, dy, *at, ctx.geometry, values.shape[0], ctx.keep) if need_values else None
+    dx = _conv_input_gradient(dy, values, ctx.geometry, list(x.shape), ctx.keep, *at) if need_x else None
+    dvalues = _conv_value_gradient(x, dy, ctx.geometry, values.shape[0], ctx.keep, *at) if need_values else None
     return dx, dvalues, grad.sum((0, 2, 3)) if need_bias else None, *[None] * 7
 
 
 _conv.register_autograd(_conv_backward, setup_context=_conv_context)
 
 
-@torch.library.custom_op("regrow::conv_input_gradient", mutates_args=())
+@_operator("conv_input_gradient", "Tensor dy, Tensor values, SymInt[] geometry, SymInt[] shape, SymInt keep")
 def _conv_input_gradient(
-    dy: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    geometry: list[int],
-    shape: list[int],
-    keep: int = 0,
+    dy: Tensor, values: Tensor, geometry: list[int], shape: list[int], keep: int, *at: Tensor
 ) -> Tensor:
     """The gradient of the input, of `shape` (N, C, H, W), from dy (N, O, HO, WO), contiguous."""
-    out = dy.new_empty(shape)
-    at = Index(starts, columns, t_starts, t_rows, order)
-    shape_of = Geometry.from_ints(geometry)
-    _kernels(dy, values, starts).conv_input_gradient(dy.contiguous(), values.contiguous(), at, shape_of, out)
+    index, out = Index(*at), dy.new_empty(shape)
+    found = _kernels(dy, values, index.starts)
+    found.conv_input_gradient(dy.contiguous(), values.contiguous(), index, Geometry.from_ints(geometry), out)
     return out
 
 
 @_conv_input_gradient.register_fake
-def _(
-    dy: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    geometry: list[int],
-    shape: list[int],
-    keep: int = 0,
-) -> Tensor:
+def _(dy: Tensor, values: Tensor, geometry: list[int], shape: list[int], keep: int, *at: Tensor) -> Tensor:
     return dy.new_empty(shape)
 
 
 def _conv_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, values, *at, ctx.geometry, _, ctx.keep = inputs
+    dy, values, ctx.geometry, _, ctx.keep, *at = inputs
     ctx.save_for_backward(dy, values, *at)
 
 
 def _conv_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dy, values, *at = ctx.saved_tensors
+    need_dy, need_values = ctx.needs_input_grad[:2]
     grad = grad.contiguous()
-    ddy = _conv(grad, values, None, *at, ctx.geometry, 0) if ctx.needs_input_grad[0] else None
-    dvalues = None
-    if ctx.needs_input_grad[1]:
-        dvalues = _conv_value_gradient(grad, dy, *at, ctx.geometry, values.shape[0], ctx.keep)
+    ddy = _conv(grad, values, None, ctx.geometry, ctx.keep, *at) if need_dy else None
+    dvalues = _conv_value_gradient(grad, dy, ctx.geometry, values.shape[0], ctx.keep, *at) if need_values else None
     return ddy, dvalues, *[None] * 8
 
 
 _conv_input_gradient.register_autograd(_conv_input_backward, setup_context=_conv_input_context)
 
 
-@torch.library.custom_op("regrow::conv_value_gradient", mutates_args=())
-def _conv_value_gradient(
-    x: Tensor,
-    dy: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    geometry: list[int],
-    capacity: int,
-    keep: int,
-) -> Tensor:
+@_operator("conv_value_gradient", "Tensor x, Tensor dy, SymInt[] geometry, SymInt capacity, SymInt keep")
+def _conv_value_gradient(x: Tensor, dy: Tensor, geometry: list[int], capacity: int, keep: int, *at: Tensor) -> Tensor:
     """(capacity,): the gradient of each active entry from x (N, C, H, W) and dy (N, O, HO, WO); zero beyond nnz."""
-    at = Index(starts, columns, t_starts, t_rows, order)
+    index, shape = Index(*at), Geometry.from_ints(geometry)
     out = x.new_empty(capacity)
-    out[at.nnz :] = 0
-    shape = Geometry.from_ints(geometry)
-    _kernels(x, dy, starts).conv_value_gradient(x.contiguous(), dy.contiguous(), at, shape, out)
+    out[index.nnz :] = 0
+    _kernels(x, dy, index.starts).conv_value_gradient(x.contiguous(), dy.contiguous(), index, shape, out)
     activations.keep(keep, x, dy, shape)
     return out
 
 
 @_conv_value_gradient.register_fake
-def _(
-    x: Tensor,
-    dy: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    t_starts: Tensor,
-    t_rows: Tensor,
-    order: Tensor,
-    geometry: list[int],
-    capacity: int,
-    keep: int,
-) -> Tensor:
+def _(x: Tensor, dy: Tensor, geometry: list[int], capacity: int, keep: int, *at: Tensor) -> Tensor:
     return x.new_empty(capacity)
 
 
 def _conv_value_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, dy, *at, ctx.geometry, _, _ = inputs
+    x, dy, ctx.geometry, _, _, *at = inputs
     ctx.save_for_backward(x, dy, *at)
 
 
 def _conv_value_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, dy, *at = ctx.saved_tensors
-    dx = _conv_input_gradient(dy, grad, *at, ctx.geometry, list(x.shape), 0) if ctx.needs_input_grad[0] else None
-    ddy = _conv(x, grad, None, *at, ctx.geometry, 0) if ctx.needs_input_grad[1] else None
+    need_x, need_dy = ctx.needs_input_grad[:2]
+    dx = _conv_input_gradient(dy, grad, ctx.geometry, list(x.shape), 0, *at) if need_x else None
+    ddy = _conv(x, grad, None, ctx.geometry, 0, *at) if need_dy else None
     return dx, ddy, *[None] * 8
 
 

@@ -35,7 +35,6 @@ from regrow.methods.rewiring import deep_r as deep_r
 from regrow.methods.rewiring import dsr as dsr
 from regrow.methods.rewiring import gse as gse
 from regrow.methods.rewiring import mest as mest
-from regrow.methods.small_dense import small_dense as small_dense
 from regrow.methods.structured import srigl as srigl
 
 RECIPES: dict[str, _Callable[..., _Method]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from regrow.metrics.flops import Flops, LayerFlops, flops, pruning_training_flops, training_flops
 from regrow.metrics.size import Form, model_bits, to_bytes, weight_bits
+from regrow.metrics.small_dense import small_dense
 from regrow.metrics.topologies import Exploration, densities, distance, exploration
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "flops",
     "model_bits",
     "pruning_training_flops",
+    "small_dense",
     "to_bytes",
     "training_flops",
     "weight_bits",

@@ -25,7 +25,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from regrow.core.names import canonical
 from regrow.core.text import table
-from regrow.metrics import uses
+from regrow.nn import Call, Kind, SparseModule, Use, kind_of
+from regrow.nn.base import dense_type, shape_of
 
 _OMITTED = "norms, pooling, softmax, attention products and element-wise work are not counted"
 _BLOCK = re.compile(r"(.+)\[(\d+)\]")
@@ -163,7 +164,7 @@ class _Tally:
     times: list[int]
     outputs: int = 0
 
-    def add(self, use: uses.Use) -> None:
+    def add(self, use: Use) -> None:
         self.times = [old + new for old, new in zip(self.times, use.times, strict=True)]
         self.outputs += use.outputs
 
@@ -322,26 +323,41 @@ def _tallies(model: nn.Module) -> dict[str, _Tally]:
     """An empty tally for every counted weight, by canonical name, in the order of the model's modules."""
     return {
         _name(path, weight): _Tally(
-            uses.kind(module), uses.shape(module, weight), uses.densities(module, weight, count), [0] * count
+            kind.name, shape_of(module, weight), _densities(module, weight, blocks), [0] * blocks
         )
-        for path, module in model.named_modules()
-        for weight, count in uses.blocks(module).items()
+        for path, module, kind in _counted(model)
+        for weight, blocks in kind.weights_of(module).items()
     }
+
+
+def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
+    """Every module, dense or sparse, whose weights are counted: its name, itself, its kind."""
+    for path, module in model.named_modules():
+        if (kind := kind_of(dense_type(module))) is not None:
+            yield path, module, kind
+
+
+def _densities(module: nn.Module, weight: str, blocks: int) -> list[float]:
+    """The density of each of the equal blocks of leading rows of a weight, which is 1 in a dense one."""
+    if not isinstance(module, SparseModule) or weight not in module.shapes:
+        return [1.0] * blocks
+    topology = module.topology(weight)
+    rows = topology.rows // blocks
+    return [topology.block(i * rows, (i + 1) * rows).density for i in range(blocks)]
 
 
 def _run(model: nn.Module, example_input: Any, tallies: dict[str, _Tally], quirks: bool) -> None:
     """Run `model` once and add what each call does to the tallies."""
     seen_convolution = False
 
-    def record(path: str, module: nn.Module, args: _Args, kwargs: dict[str, Any], output: Any) -> None:
+    def record(path: str, kind: Kind, module: nn.Module, args: _Args, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal seen_convolution
-        call = uses.uses(module, args, kwargs, output)
-        if uses.is_convolution(module):
-            if quirks:
-                tensor = uses.input_of(args, kwargs)
-                call = {"weight": uses.paper_use(module, tensor, call["weight"], not seen_convolution)}
+        call = Call(module, kind.weights_of(module), args, kwargs, output)
+        used = kind.uses(call)
+        if kind.paper_uses is not None:
+            used = kind.paper_uses(call, not seen_convolution) if quirks else used
             seen_convolution = True
-        for weight, use in call.items():
+        for weight, use in used.items():
             tallies[_name(path, weight)].add(use)
 
     # Nothing is compiled before this module is imported, and importing it for nothing takes a second.
@@ -361,9 +377,8 @@ def _observed(model: nn.Module, record: Callable[..., None]) -> Iterator[None]:
     """The model in evaluation mode, with `record` told of every call of a counted module."""
     modes = {module: module.training for module in model.modules()}
     handles = [
-        module.register_forward_hook(partial(record, name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if uses.blocks(module)
+        module.register_forward_hook(partial(record, path, kind), with_kwargs=True)
+        for path, module, kind in _counted(model)
     ]
     # Fused encoder layers call none of their parts.
     fused = torch.backends.mha.get_fastpath_enabled()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regrow import kernels
+from regrow.core.draws import Stream
 from regrow.nn.base import Draw, SparseModule, normal, uniform, zeros
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -18,9 +19,9 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 class SparseMultiheadAttention(SparseModule):
     """`nn.MultiheadAttention` of whose input projections only the active entries exist.
 
-    Made from a dense one by `from_dense` or `regrow.sparsify`. Projections that `shapes` does not have are dense. Its
-    child `out_proj` may be dense or sparse: it is called as the module that it is, where the dense attention reads its
-    weight, so an attention with a sparse `out_proj` must be of this class, even if nothing else in it is sparse.
+    Made from a dense one by `regrow.nn.from_dense` or `regrow.sparsify`. Projections that `shapes` does not have are
+    dense. Its child `out_proj` may be dense or sparse: it is called as the module that it is, where the dense attention
+    reads its weight. So an attention with a sparse `out_proj` must be of this class, even if nothing else in it is.
     """
 
     dense_type = nn.MultiheadAttention
@@ -38,11 +39,6 @@ class SparseMultiheadAttention(SparseModule):
     out_proj: nn.Module
     _qkv_same_embed_dim: bool
 
-    @staticmethod
-    def names(module: nn.Module) -> Sequence[str]:
-        """The packed projection of queries, keys and values, or the three of their own."""
-        return [name for name in ("in_proj_weight", *_SEPARATE) if getattr(module, name) is not None]
-
     def initial(self, name: str) -> Draw:
         """As `nn.MultiheadAttention` draws them: weights Xavier-uniform, bias_k and bias_v Xavier-normal, else zero."""
         fans = dict(zip(_SEPARATE, (self.embed_dim, self.kdim, self.vdim), strict=True))
@@ -51,6 +47,12 @@ class SparseMultiheadAttention(SparseModule):
         if name == "in_proj_weight":
             return uniform(math.sqrt(6 / (4 * self.embed_dim)))
         return uniform(math.sqrt(6 / (self.embed_dim + fans[name]))) if name in fans else zeros
+
+    def initialize(self, streams: Mapping[str, Stream]) -> None:
+        """Draw its own parameters anew, and zero the bias of `out_proj`, on which attention has the last word."""
+        super().initialize(streams)
+        if isinstance(self.out_proj.bias, Tensor):
+            nn.init.zeros_(self.out_proj.bias)
 
     def to_dense(self) -> nn.Module:
         """A dense copy, `out_proj` included, with zeros where nothing is active."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -49,37 +49,11 @@ class SparseModule(nn.Module):
     shapes: dict[str, tuple[int, ...]]
     keys: Keys
 
-    @staticmethod
-    def names(module: nn.Module) -> Sequence[str]:
-        """The parameters of a dense `module` that are sparse here."""
-        return ("weight",)
-
     def initial(self, name: str) -> Draw:
         """How the dense module draws its parameter `name`."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_dense(cls, module: nn.Module, topologies: Mapping[str, Topology] | None = None) -> Self:
-        """A sparse copy of a dense `module`.
-
-        Args:
-            module: of the class that this one stands for; it is left as it is.
-            topologies: what is active, by parameter; where none is given, the entries that are not zero.
-
-        Examples:
-            >>> from regrow.nn import SparseLinear
-            >>> dense = nn.Linear(4, 3)
-            >>> bool((SparseLinear.from_dense(dense).to_dense().weight == dense.weight).all())
-            True
-        """
-        twin = copy.deepcopy(module)
-        weights = {}
-        for name in cls.names(module):
-            parameter = getattr(module, name)
-            at = (topologies or {}).get(name) or nonzero(parameter)
-            values = parameter.detach().reshape(-1)[at.indices.to(parameter.device)]
-            weights[name] = nn.Parameter(values, parameter.requires_grad), at
-        return cls.adopt(twin, weights)
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how its {name} is drawn: give it a method initial(name)"
+        )
 
     def to_dense(self) -> nn.Module:
         """A dense copy, with zeros where nothing is active."""
@@ -174,7 +148,7 @@ class SparseModule(nn.Module):
         return kernels.linear(x, values, bias, index, transposed=transposed, keep=key)
 
     def convolution(self, name: str, x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        """The convolution of x (N, C, H, W) with a sparse weight, plus bias."""
+        """The convolution of x (N, C, H, W) with a sparse weight, plus bias: (N, O, HO, WO)."""
         values, index, key = getattr(self, name), self.index(name), self.keys.get(name, 0)
         if index.nnz == index.rows * index.cols and not key:
             full = values[: index.nnz].view(index.rows, -1, *geometry.kernel)
@@ -182,6 +156,18 @@ class SparseModule(nn.Module):
                 x, full, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
             )
         return kernels.conv(x, values, bias, index, geometry, keep=key)
+
+    def transposed_convolution(self, name: str, x: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+        """The transpose of the convolution of `geometry` on x (N, I, H, W), without bias: (N, O, *size)."""
+        values, index, key = getattr(self, name), self.index(name), self.keys.get(name, 0)
+        if index.nnz == index.rows * index.cols and not key:
+            full = values[: index.nnz].view(index.rows, -1, *geometry.kernel)
+            least = geometry.smallest(x.shape[2], x.shape[3])
+            extra = [n - m for n, m in zip(size, least, strict=True)]
+            return nn.functional.conv_transpose2d(
+                x, full, None, geometry.stride, geometry.padding, extra, geometry.groups, geometry.dilation
+            )
+        return kernels.conv_transpose(x, values, index, geometry, size, keep=key)
 
     def _load_from_state_dict(
         self,
@@ -208,29 +194,43 @@ class SparseModule(nn.Module):
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, strange, errors)
 
-    def _draw(
+    def initialize(self, streams: Mapping[str, Stream]) -> None:
+        """Draw the parameters named in `streams`, each from its stream, as the dense module draws its own.
+
+        Of a sparse weight the active entries are drawn; its inert tail is zero.
+        """
+        with torch.no_grad():
+            for name, stream in streams.items():
+                flat = getattr(self, name).zero_().view(-1)
+                size = self.index(name).nnz if name in self.shapes else flat.numel()
+                flat[:size] = self.initial(name)(stream, size)
+
+    def _build(
         self,
-        weights: Mapping[str, tuple[int, ...]],
-        biases: Mapping[str, int],
+        dense: nn.Module,
         density: float,
         seed: int | None,
         init: Init,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        out_axis: int = 0,
     ) -> None:
-        """Sample `weights` (name -> shape) and draw their values and those of `biases` (name -> size)."""
+        """Become `dense`, which lies on the meta device and so costs nothing, with parameters drawn sparsely."""
+        vars(self).update(vars(dense))
+        self._begin()
         number = int(torch.randint(2**31, ())) if seed is None else seed
         dtype = dtype or torch.get_default_dtype()
-        for name, shape in weights.items():
+        for name, parameter in list(dense.named_parameters()):
             stream = Stream(number, name, 0)
-            topology = sample(shape, density, stream)
+            if not name.startswith("weight"):
+                drawn = self.initial(name)(stream, parameter.numel())
+                self.register_parameter(name, nn.Parameter(drawn.to(device, dtype)))
+                continue
+            topology = sample(tuple(parameter.shape), density, stream)
             values = self.initial(name)(stream, topology.nnz)
             if init == "fan_in":
-                values *= fan_in_scale(topology)
+                values *= fan_in_scale(topology, out_axis)
             self.hold(name, nn.Parameter(values.to(device, dtype)), topology)
-        for name, size in biases.items():
-            drawn = self.initial(name)(Stream(number, name, 0), size)
-            self.register_parameter(name, nn.Parameter(drawn.to(device, dtype)))
 
     def _describe(self) -> str:
         parts = []
@@ -251,6 +251,18 @@ def normal(std: float) -> Draw:
     return lambda stream, count: torch.erfinv(
         torch.from_numpy(stream.uniform(count)).add_(2.0**-54).mul_(2).sub_(1)
     ).mul_(std * math.sqrt(2))
+
+
+def dense_type(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, or the dense class that a sparse one stands for."""
+    return module.dense_type if isinstance(module, SparseModule) else type(module)
+
+
+def shape_of(module: nn.Module, weight: str) -> tuple[int, ...]:
+    """The shape of a weight that `module` holds; of a sparse one, the shape with its zeros."""
+    if isinstance(module, SparseModule) and weight in module.shapes:
+        return module.shapes[weight]
+    return tuple(getattr(module, weight).shape)
 
 
 def nonzero(weight: Tensor) -> Topology:

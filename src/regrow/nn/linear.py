@@ -1,4 +1,4 @@
-"""Sparse linear maps."""
+"""Sparse linear and bilinear maps."""
 
 from __future__ import annotations
 
@@ -52,13 +52,7 @@ class SparseLinear(SparseModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._begin()
-        self.in_features, self.out_features = in_features, out_features
-        for name in ("weight", "bias"):
-            self.register_parameter(name, None)
-        shapes = {"weight": (out_features, in_features)}
-        self._draw(shapes, {"bias": out_features} if bias else {}, density, seed, init, device, dtype)
+        self._build(nn.Linear(in_features, out_features, bias, device="meta"), density, seed, init, device, dtype)
 
     def initial(self, name: str) -> Draw:
         """As `nn.Linear` draws weight and bias: U(-1 / sqrt(in_features), 1 / sqrt(in_features))."""
@@ -78,7 +72,7 @@ class SparseLinear(SparseModule):
 class SparseConv1D(SparseModule):
     """y = x W + b with W (n_in, n_out) of which only the active entries exist: transformers' `Conv1D`.
 
-    Made from a dense one by `from_dense` or `regrow.sparsify`.
+    Made from a dense one by `regrow.nn.from_dense` or `regrow.sparsify`.
     """
 
     nf: int
@@ -96,3 +90,67 @@ class SparseConv1D(SparseModule):
     def extra_repr(self) -> str:
         n_in, n_out = self.shapes["weight"]
         return f"{n_in}, {n_out}, {self._describe()}"
+
+
+class SparseBilinear(SparseModule):
+    """y_o = sum_ij x_i A_oij z_j + b_o where only the active entries of A (out, in1, in2) exist.
+
+    It multiplies A, as the matrix (out, in1 in2), by the outer products of its inputs, which take batch x in1 x in2
+    numbers.
+
+    Args as for `nn.Bilinear`, and `density`, `seed`, `init` as for `SparseLinear`.
+
+    Raises:
+        ValueError: when density lies outside [0, 1].
+
+    Examples:
+        >>> layer = SparseBilinear(20, 30, 10, density=0.1, seed=0)
+        >>> layer
+        SparseBilinear(in1_features=20, in2_features=30, out_features=10, bias=True, 600 of 6,000 active)
+        >>> layer(torch.zeros(2, 20), torch.zeros(2, 30)).shape
+        torch.Size([2, 10])
+    """
+
+    dense_type = nn.Bilinear
+    in1_features: int
+    in2_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        density: float,
+        seed: int | None = None,
+        init: Init = "module",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dense = nn.Bilinear(in1_features, in2_features, out_features, bias, device="meta")
+        self._build(dense, density, seed, init, device, dtype)
+
+    def initial(self, name: str) -> Draw:
+        """As `nn.Bilinear` draws weight and bias: U(-1 / sqrt(in1_features), 1 / sqrt(in1_features))."""
+        return uniform(1 / math.sqrt(self.in1_features))
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """input1 (..., in1_features) and input2 (..., in2_features) -> (..., out_features)."""
+        expected = (self.in1_features, self.in2_features)
+        if input1.shape[:-1] != input2.shape[:-1] or (input1.shape[-1], input2.shape[-1]) != expected:
+            raise ValueError(
+                f"the inputs have shapes {tuple(input1.shape)} and {tuple(input2.shape)}, this SparseBilinear takes "
+                f"(..., {expected[0]:,}) and (..., {expected[1]:,}) with the same axes before"
+            )
+        outer = (input1[..., :, None] * input2[..., None, :]).flatten(-2)
+        return self.product("weight", outer, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in1_features={self.in1_features}, in2_features={self.in2_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._describe()}"
+        )

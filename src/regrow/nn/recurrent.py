@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -55,28 +55,6 @@ class _SparseRecurrent(SparseModule):
     input_size: int
     hidden_size: int
     bias: bool
-
-    def _build(
-        self,
-        dense: nn.Module,
-        density: float,
-        seed: int | None,
-        init: Init,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """Become `dense`, which lies on the meta device and so costs nothing, with parameters drawn sparsely."""
-        vars(self).update(vars(dense))
-        self._begin()
-        shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
-        weights = {name: shape for name, shape in shapes.items() if name.startswith("weight")}
-        biases = {name: shape[0] for name, shape in shapes.items() if name not in weights}
-        self._draw(weights, biases, density, seed, init, device, dtype)
-
-    @staticmethod
-    def names(module: nn.Module) -> Sequence[str]:
-        """Every weight of every layer."""
-        return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
 
     def initial(self, name: str) -> Draw:
         """As torch draws every parameter of a recurrent module: U(-1 / sqrt(hidden_size), 1 / sqrt(hidden_size))."""

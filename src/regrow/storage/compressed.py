@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology
 from regrow.nn import SparseModule, sparse_class
+from regrow.nn.kinds import release, restore
 from regrow.storage.gradient import Gradient
 from regrow.storage.memory import Memory
 from regrow.storage.operands import KeptOperands
@@ -98,8 +99,7 @@ class PendingParameter(Draft):
         weak = len(weakref.getweakrefs(self.parameter))
         strong = self.parameter._use_count() - 1  # type: ignore[attr-defined]
         for module, _ in self.holders:
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()
+            restore(module)
         if weak or strong:
             raise ValueError(
                 f"{self.gradient.name} cannot become compressed while something else refers to it ({strong} graphs "
@@ -108,10 +108,9 @@ class PendingParameter(Draft):
             )
 
     def _let_go(self) -> None:
-        """Drop the weak references that torch's recurrent layers keep of their weights, which forbid an exchange."""
+        """Let modules drop the references that they keep of the parameter, which forbid an exchange."""
         for module, _ in self.holders:
-            if isinstance(module, nn.RNNBase):
-                module._flat_weight_refs = []
+            release(module)
 
     def become(self, room: int, seed: int) -> CompressedParameter:
         """Give the parameter memory for its active values only, and its modules their sparse form.

@@ -9,22 +9,23 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+
+from regrow.nn import kind_of
 
 # Channels are whole numbers, so sizes change in steps; a millionth resolves a million channels per layer.
 _RESOLUTION = 1_000_000
 _VALUE_BITS = 32
-_COUNTED = (nn.Linear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def small_dense(build: Callable[[float], nn.Module], bits: int) -> float:
     """The width factor in (0, 1] whose dense model has a size nearest to `bits`.
 
-    A model's size is 32 bits for each entry of the weights and biases of its Linear, convolution,
-    recurrent and attention modules (and transformers' `Conv1D`); norms and embeddings are not counted, a
-    tied parameter is once. The factor is a whole number of millionths. Many round to the same channel
-    counts: of these it is the smallest where the nearest model is larger than `bits`, and the largest where
-    it is smaller. Of two models equally near it takes the smaller; `bits` above the full width's give 1.0.
+    A model's size is 32 bits for each entry of the weights and biases of its modules of known kinds (Linear,
+    Bilinear, convolutions, recurrent and attention modules, transformers' `Conv1D`, registered ones); norms and
+    embeddings are not counted, a tied parameter is once. The factor is a whole number of millionths. Many
+    round to the same channel counts: of these it is the smallest where the nearest model is larger than `bits`,
+    and the largest where it is smaller. Of two models equally near it takes the smaller; `bits` above the full
+    width's give 1.0.
 
     Args:
         build: a width factor in (0, 1] to a model whose size does not fall as the width grows. It is
@@ -84,8 +85,7 @@ def _model_bits(model: nn.Module) -> int:
     entries = {
         id(parameter): parameter.numel()
         for module in model.modules()
-        # Transformers' Conv1D goes by name, because transformers is not a dependency.
-        if isinstance(module, _COUNTED) or any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+        if kind_of(type(module)) is not None
         for parameter in module.parameters(recurse=False)
     }
     return _VALUE_BITS * sum(entries.values())

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.methods.small_dense import small_dense
-from regrow.metrics.size import model_bits
+from regrow.metrics import model_bits, small_dense
 from support.networks import mobilenet_v1, resnet50, scaled
 
 
@@ -96,7 +95,9 @@ def test_the_model_is_built_on_the_meta_device_a_few_times() -> None:
 
 
 class Conv1D(nn.Module):
-    """A stand-in for transformers' layer, which is known by its name."""
+    """A stand-in for transformers' layer, which is known by its package and name."""
+
+    __module__ = "transformers.pytorch_utils"
 
     def __init__(self, n_out: int, n_in: int) -> None:
         super().__init__()
@@ -120,6 +121,11 @@ def test_weights_and_biases_count_and_norms_and_embeddings_do_not() -> None:
     for n in (3, 9, 15):
         assert scaled(16, small_dense(build, bits(n))) == n
         assert scaled(16, small_dense(build, (bits(n) + bits(n + 1)) // 2 + 1)) == n + 1
+
+
+@pytest.mark.parametrize("layer", [Conv1D, lambda n, k: nn.Bilinear(k, k, n, bias=False)], ids=["Conv1D", "Bilinear"])
+def test_what_is_sparsified_is_counted(layer: Callable[[int, int], nn.Module]) -> None:
+    assert scaled(16, small_dense(lambda width: layer(scaled(16, width), 1), 32 * 5)) == 5
 
 
 def test_errors_state_the_numbers_and_the_way_out() -> None:
