@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import regrow
 from regrow import methods, sparsify
 from regrow.core.method import Method
 from regrow.parts.schedules import constant
+from support.loops import same
 from support.pairs import batch, loss_of, model_of, tensors
+from support.ranks import as_rank, two_ranks
 from support.table import METHODS, OPTIMIZERS
 
 STEPS = 6
@@ -133,36 +130,14 @@ def late() -> str:
     return ""
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    file = f"file://{folder / 'meet'}"
-    torch.distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
+def both(rank: int) -> dict[str, Any]:
     logs: dict[str, Any] = {f"{s} {case}": history(case, s, rank) for case in CASES for s in ("masked", "compressed")}
-    torch.save({**logs, "broadcast": broadcast_bytes(), "late": late()}, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return {**logs, "broadcast": broadcast_bytes(), "late": late()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(Path(regrow.__file__).parents[1]), str(Path(__file__).parents[1])])
-    options: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": path}, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], **options) for rank in range(2)]
-    try:
-        for run in runs:
-            _, errors = run.communicate(timeout=120)
-            assert run.returncode == 0, errors
-    finally:
-        for run in runs:
-            run.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+    return two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -197,6 +172,4 @@ def test_a_model_that_is_wrapped_first_is_refused(ranks: list[dict[str, Any]]):
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
-    # Gloo's threads may outlive the group on a busy machine, and abort an ordinary exit; all results are on disk.
-    os._exit(0)
+    as_rank(both)
