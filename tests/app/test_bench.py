@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.app import bench as module
-from regrow.app import cli, peers
+from regrow.app import peers
 from regrow.app.bench import bench, breakeven, layer_of
 from regrow.engine.timing import Call, Race, masked
 from regrow.nn import SparseModule
+from support.app import command
 from support.twins import topology
 
 
@@ -212,17 +213,135 @@ def test_installed_peers_compute_the_same(layer: nn.Module) -> None:
 # The command line
 
 
-def command(
-    arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["regrow", "bench", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
+def test_layers_are_described_by_their_weights() -> None:
+    linear, x = layer_of("300x784", 5)
+    assert tuple(linear.weight.shape) == (300, 784) and x.shape == (5, 784) and x.requires_grad
+    conv, x = layer_of("conv:16x8x3x5@10x12", 2)
+    assert tuple(conv.weight.shape) == (16, 8, 3, 5) and conv(x).shape == (2, 16, 10, 12)
+
+
+def test_a_network_of_the_command_line(
+    judged: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, said, _ = command(["bench", "--model", "lenet-300-100", "--batch", "3"], capsys, monkeypatch)
+    assert status == 0 and "fc1: Linear 300 x 784, input 3 x 784" in said and "fc3: Linear 10 x 100" in said
+    assert [row.split()[0] for row in said.split("\n\n")[1].splitlines()[2:7]] == ["0.2", "0.1", "0.05", "0.02", "0.01"]
+    status, said, _ = command(["bench", "--model", "mlp", "--shape", "1x4x4", "--batch", "3"], capsys, monkeypatch)
+    assert status == 0 and "fc1: Linear 256 x 16, input 3 x 16" in said
+
+
+def test_layers_of_the_command_line(
+    judged: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layers = ["--layer", "6x4", "--layer", "conv:4x2x3x3@5x5", "--layer", "6x4"]
+    arguments = ["bench", *layers, "--densities", "0.5,0.1", "--batch", "2", "--json"]
+    status, said, _ = command(arguments, capsys, monkeypatch)
+    read = json.loads(report.to_json())
+    assert read["layers"] == [
+        {
+            "names": ["GRU"],
+            "kind": "GRU",
+            "shapes": [[9, 4], [9, 3]],
+            "input": [5, 2, 4],
+            "dense_ms": 2.0,
+            "wins_below": "never",
+            "densities": [
+                {"density": 0.5, "compressed": {"ms": 10.0, "ratio": 5.0}},
+                {"density": 0.25, "compressed": {"ms": 5.0, "ratio": 2.5}},
+            ],
+            "notes": {},
+        }
+    ]
+    assert read["machine"]["processor"] and read["machine"]["threads"] == "1" and read["machine"]["kernels"]
+
+
+def test_the_model_and_the_random_state_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch)
+    model = net().train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = torch.get_rng_state()
+    report = bench(model, torch.randn(2, 12, generator=torch.Generator()), densities=(0.5,), peers=True, only="0")
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    (layer,) = report.layers
+    assert layer.candidates == ["compressed", "torch.sparse", "SparseLab"]
+    assert all(min(seconds) > 0 for seconds in layer.races[0.5].seconds.values())
+
+
+# Peers
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
+    """A SparseLab that is a dense layer times `factor`, and no SparseProp."""
+
+    class SparseLinear(nn.Linear):
+        _csr: Any
+
+        def __init__(self, n_in: int, n_out: int, bias: bool, sparsity: float) -> None:
+            super().__init__(n_in, n_out, bias)
+            assert 0 <= sparsity < 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, factor * self._values.view_as(self.weight), self.bias)
+
+    class PaddedCSR:
+        @staticmethod
+        def from_dense(weight: Tensor) -> Any:
+            made = PaddedCSR()
+            made.values = weight.numpy().ravel()
+            return made
+
+    package: Any = ModuleType("sparselab")
+    package.SparseLinear, package.PaddedCSR = SparseLinear, PaddedCSR
+    monkeypatch.setitem(sys.modules, "sparselab", package)
+    for name in ("sparseprop", "sparseprop.modules"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_peers_are_measured_where_they_are_installed(judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch)
+    (layer,) = bench(nn.Linear(8, 4), torch.randn(2, 8), densities=(0.5, 0.25), peers=True).layers
+    assert judged[0][2] == [f"{n} {d}" for d in (0.5, 0.25) for n in ("compressed", "torch.sparse", "SparseLab")]
+    assert layer.notes == {"SparseProp": "not installed"} and "SparseProp: not installed" in str(layer)
+    assert bench(nn.Linear(8, 4), torch.randn(2, 8), densities=(0.5,)).layers[0].notes == {}
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, factor=1.1)
+    (layer,) = bench(nn.Linear(8, 4), torch.randn(2, 8), densities=(0.5, 0.25), peers=True).layers
+    assert layer.candidates == ["compressed", "torch.sparse"]
+    assert layer.notes["SparseLab at 0.5"].startswith("not timed, since its outputs have a relative error of ")
+
+
+def test_peers_stand_for_what_they_can_compute() -> None:
+    conv = nn.Conv2d
+    assert list(peers.peers(nn.Linear(4, 4), 4)) == ["SparseLab", "SparseProp"]
+    assert list(peers.peers(conv(4, 4, 3, padding=1), 8)) == ["SparseProp"]
+    others = [
+        conv(4, 4, 3, groups=2), conv(4, 4, 3, dilation=2), conv(4, 4, (3, 1)), conv(4, 4, 3, padding="same"),
+        conv(4, 4, 3, padding=1, padding_mode="circular"), nn.Linear(4, 4).double(), nn.GRU(4, 4), nn.Conv1d(4, 4, 3),
+    ]  # fmt: skip
+    assert [peers.peers(layer, 8) for layer in others] == [{}] * len(others)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 16), nn.Conv2d(4, 8, 3, padding=1)])
+def test_installed_peers_compute_the_same(layer: nn.Module) -> None:
+    shape = tuple(layer.weight.shape)
+    at = {"weight": topology(shape, 0.3)}
+    x = torch.randn(16, 32) if len(shape) == 2 else torch.randn(8, 4, 9, 9)
+    made = 0
+    for name, make in peers.peers(layer, 9).items():
+        try:
+            peer = make(layer, at)
+        except ImportError:
+            continue
+        made += 1
+        torch.testing.assert_close(peer(x), masked(layer, at)(x), rtol=1e-4, atol=1e-4, msg=name)
+    if not made:
+        pytest.skip("no peer is installed")
+
+
+# The command line
 
 
 def test_layers_are_described_by_their_weights() -> None:
@@ -235,10 +354,10 @@ def test_layers_are_described_by_their_weights() -> None:
 def test_a_network_of_the_command_line(
     judged: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, said, _ = command(["--model", "lenet-300-100", "--batch", "3"], capsys, monkeypatch)
+    status, said, _ = command(["bench", "--model", "lenet-300-100", "--batch", "3"], capsys, monkeypatch)
     assert status == 0 and "fc1: Linear 300 x 784, input 3 x 784" in said and "fc3: Linear 10 x 100" in said
     assert [row.split()[0] for row in said.split("\n\n")[1].splitlines()[2:7]] == ["0.2", "0.1", "0.05", "0.02", "0.01"]
-    status, said, _ = command(["--model", "mlp", "--shape", "1x4x4", "--batch", "3"], capsys, monkeypatch)
+    status, said, _ = command(["bench", "--model", "mlp", "--shape", "1x4x4", "--batch", "3"], capsys, monkeypatch)
     assert status == 0 and "fc1: Linear 256 x 16, input 3 x 16" in said
 
 
@@ -246,7 +365,10 @@ def test_layers_of_the_command_line(
     judged: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     layers = ["--layer", "6x4", "--layer", "conv:4x2x3x3@5x5", "--layer", "6x4"]
-    status, said, _ = command([*layers, "--densities", "0.5,0.1", "--batch", "2", "--json"], capsys, monkeypatch)
+    arguments = ["bench", *layers, "--densities", "0.5,0.1", "--batch", "2", "--json"]
+    status, said, _ = command(
+        ["bench", *layers, "--densities", "0.5,0.1", "--batch", "2", "--json"], capsys, monkeypatch
+    )
     read = json.loads(said)["layers"]
     assert status == 0
     assert [row["names"] for row in read] == [["6x4"], ["conv:4x2x3x3@5x5"], ["6x4"]]
@@ -281,6 +403,6 @@ def test_bad_input_ends_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    status, out, error = command(arguments, capsys, monkeypatch)
+    status, out, error = command(["bench", *arguments], capsys, monkeypatch)
     assert status == 2 and out == "" and message in error and error.count("\n") == 1
     assert not judged
