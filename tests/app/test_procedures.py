@@ -282,7 +282,9 @@ def colours(where: Path, n: int = 40) -> Path:
 def test_a_published_recipe_runs_shortened(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ResNet-50, with all phases: pretraining with updates, a cycle, superposing, BatchNorm."""
+    """A narrow ResNet-50, with all phases: pretraining with updates, a cycle, superposing, BatchNorm."""
+    narrow = models.MODELS["resnet-50"]._replace(hidden=(8, 8, 16, 32, 64))
+    monkeypatch.setitem(models.MODELS, "resnet-50", narrow)
     data = colours(tmp_path / "cifar100")
     typed = ["--recipe", name, "--data-dir", str(data), "--steps", "12", "--batch", "2", "--no-augment"]
     typed += ["--cycles", "1", "--cycle-share", "0.3", "--interval", "4"]
@@ -293,7 +295,7 @@ def test_a_published_recipe_runs_shortened(
     settings, result = json.loads((out / "config.json").read_text()), json.loads((out / "result.json").read_text())
     assert settings["model"] == "resnet-50" and settings["method"] == name.rpartition("-")[2]
     assert (settings["batch"], settings["options"]["interval"], settings["nesterov"]) == (2, "4", False)
-    assert result["density"] == pytest.approx(0.1, abs=1e-6) and result["updates"] >= 1
+    assert result["density"] == pytest.approx(0.1, abs=1e-5) and result["updates"] >= 1
     assert "last ticket" in result["also"]
 
 
