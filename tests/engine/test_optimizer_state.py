@@ -40,9 +40,9 @@ def longest_newcomer_step(make: Callable[[Any], torch.optim.Optimizer], interval
     model = nn.Linear(12, 16, bias=False, dtype=torch.float64)
     gradient = torch.rand(16, 12, dtype=torch.float64) ** 3 * torch.randn(16, 12).sign() + 1e-3
     opt = make(model.parameters())
-    sparsifier = sparsify(model, opt, rigl(0.3, interval=interval, until=6 * interval))
+    sparsifier = sparsify(model, opt, rigl(0.3, interval=interval, until=4 * interval))
     newcomers, longest = torch.zeros(16, 12, dtype=torch.bool), 0.0
-    for _ in range(8 * interval):
+    for _ in range(5 * interval):
         opt.zero_grad()
         (model.weight * gradient).sum().backward()
         before, mask = model.weight.detach().clone(), masks(sparsifier)["weight"]

@@ -7,7 +7,6 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +26,12 @@ from support.table import METHODS, OPTIMIZERS
 BOTH = ("masked", "compressed")
 
 
-rigl, set_ = partial(loops.rigl, 0.3), partial(loops.set_, 0.3)
+def rigl(density: float = 0.3, **options: Any) -> Method:
+    return loops.rigl(density, **options)
+
+
+def set_(density: float = 0.3, **options: Any) -> Method:
+    return loops.set_(density, **options)
 
 
 def in_both(loop: Callable[[Run], object], make: Callable[[], Method] = rigl, *args: Any, **options: Any) -> list[Run]:
