@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from test_options import ALL_CASES
+from support.cases import tables
 
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
+CASES = tables("CASES")
 
 
 def named(page: str) -> list[str]:
@@ -30,7 +31,7 @@ def test_what_a_page_names_exists(page: str, name: str) -> None:
         assert f"def {function}(" in (TESTS / file).read_text()
     else:
         method, _, option = name.partition(": ")
-        assert ALL_CASES[method][option]
+        assert CASES[method][option]
 
 
 def test_the_pages_name_much() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src"
 
 FLOOR = {
     "core": 1,
@@ -95,6 +96,18 @@ def test_no_import_inside_a_function(path: Path):
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lines = [n.lineno for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
     assert not lines
+
+
+def test_test_modules_share_code_through_support_alone():
+    """A test module imports none of the others, so that each may be renamed, split and run by itself."""
+    others = {path.stem if path.is_file() else path.name for path in TESTS.iterdir()} - {"support"}
+    found = []
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += ["." * node.level + (node.module or "")] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path.relative_to(TESTS)}: {name}" for name in names if name.partition(".")[0] in {*others, ""}]
+    assert not found
 
 
 def test_import_regrow_loads_torch_numpy_and_safetensors_only():

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.app import bench as module
-from regrow.app import cli, peers
+from regrow.app import peers
 from regrow.app.bench import bench, breakeven, layer_of
 from regrow.engine.timing import Call, Race, masked
 from regrow.nn import SparseModule
+from support.app import command
 from support.twins import topology
 
 
@@ -216,19 +217,6 @@ def test_installed_peers_compute_the_same(layer: nn.Module) -> None:
 # The command line
 
 
-def command(
-    arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["regrow", "bench", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
 def test_layers_are_described_by_their_weights() -> None:
     linear, x = layer_of("300x784", 5)
     assert tuple(linear.weight.shape) == (300, 784) and x.shape == (5, 784) and x.requires_grad
@@ -239,10 +227,10 @@ def test_layers_are_described_by_their_weights() -> None:
 def test_a_network_of_the_command_line(
     judged: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, said, _ = command(["--model", "lenet-300-100", "--batch", "3"], capsys, monkeypatch)
+    status, said, _ = command(["bench", "--model", "lenet-300-100", "--batch", "3"], capsys, monkeypatch)
     assert status == 0 and "fc1: Linear 300 x 784, input 3 x 784" in said and "fc3: Linear 10 x 100" in said
     assert [row.split()[0] for row in said.split("\n\n")[1].splitlines()[2:7]] == ["0.2", "0.1", "0.05", "0.02", "0.01"]
-    status, said, _ = command(["--model", "mlp", "--shape", "1x4x4", "--batch", "3"], capsys, monkeypatch)
+    status, said, _ = command(["bench", "--model", "mlp", "--shape", "1x4x4", "--batch", "3"], capsys, monkeypatch)
     assert status == 0 and "fc1: Linear 256 x 16, input 3 x 16" in said
 
 
@@ -250,7 +238,8 @@ def test_layers_of_the_command_line(
     judged: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     layers = ["--layer", "6x4", "--layer", "conv:4x2x3x3@5x5", "--layer", "6x4"]
-    status, said, _ = command([*layers, "--densities", "0.5,0.1", "--batch", "2", "--json"], capsys, monkeypatch)
+    arguments = ["bench", *layers, "--densities", "0.5,0.1", "--batch", "2", "--json"]
+    status, said, _ = command(arguments, capsys, monkeypatch)
     read = json.loads(said)["layers"]
     assert status == 0
     assert [row["names"] for row in read] == [["6x4"], ["conv:4x2x3x3@5x5"], ["6x4"]]
@@ -285,6 +274,6 @@ def test_bad_input_ends_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    status, out, error = command(arguments, capsys, monkeypatch)
+    status, out, error = command(["bench", *arguments], capsys, monkeypatch)
     assert status == 2 and out == "" and message in error and error.count("\n") == 1
     assert not judged

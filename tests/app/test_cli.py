@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -22,32 +21,9 @@ from regrow.app import cli, compare, folder, loop, models
 from regrow.app.config import Config, resolved
 from regrow.app.vocabulary import RECIPES, make, options, paper, parse_allocation, summary
 from regrow.engine.placement import Storage
+from support.app import command, config
 
 SHORT = ("--hidden", "32,16", "--threads", "1")
-
-
-def command(
-    arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["regrow", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-def config(**changes: object) -> Config:
-    plain = {
-        "method": "rigl",
-        "options": {"density": "0.2", "interval": "5"},
-        "hidden": (32, 16),
-        "steps": 60,
-        "threads": 1,
-    }
-    return Config(**{**plain, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", list(RECIPES))

@@ -4,8 +4,6 @@ import gzip
 import struct
 import sys
 import types
-from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from regrow.app import data
 from regrow.app.data import Data, DataError, augment, batches, load, normalize
+from support.app import png, table, write_parquet
 
 RNG = np.random.default_rng(0)
 TRAIN, TEST = RNG.integers(0, 256, (2, 6, 5, 4), dtype=np.uint8)
@@ -39,26 +37,8 @@ def write_idx(folder: Path, mark: str = "-", end: str = "") -> dict[str, Path]:
     return paths
 
 
-def png(pixels: np.ndarray) -> bytes:
-    out = BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def table(
-    blobs: Sequence[bytes | None], labels: Sequence[int | None], image: str = "img", label: str = "label"
-) -> pa.Table:
-    rows = [{"bytes": blob, "path": None} for blob in blobs]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.table(
-        {"id": pa.array(range(len(rows))), image: pa.array(rows, kind), label: pa.array(labels, pa.int64())}
-    )
-
-
-def write_parquet(path: Path, images: np.ndarray = COLOUR, labels: np.ndarray = TRAIN_Y, **names: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(table([png(image) for image in images], labels.tolist(), **names), path)
-    return path
+def written(path: Path, images: np.ndarray = COLOUR, labels: np.ndarray = TRAIN_Y, **names: str) -> Path:
+    return write_parquet(path, images, labels, **names)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -166,15 +146,15 @@ def test_folders_without_data_are_refused(tmp_path: Path) -> None:
 
 def test_two_formats_in_one_folder_are_refused(tmp_path: Path) -> None:
     write_idx(tmp_path)
-    write_parquet(tmp_path / "train.parquet")
+    written(tmp_path / "train.parquet")
     assert "both IDX and parquet" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(("image", "label"), [("img", "label"), ("image", "fine_label"), ("picture", "labels")])
 @pytest.mark.parametrize("test", ["test.parquet", "validation-00000-of-00001.parquet"])
 def test_parquet_is_read_under_every_column_name(tmp_path: Path, image: str, label: str, test: str) -> None:
-    write_parquet(tmp_path / "train.parquet", image=image, label=label)
-    write_parquet(tmp_path / test, COLOUR[::-1], TEST_Y, image=image, label=label)
+    written(tmp_path / "train.parquet", image=image, label=label)
+    written(tmp_path / test, COLOUR[::-1], TEST_Y, image=image, label=label)
     before = snapshot(tmp_path)
     got = load("own", tmp_path)
     assert (got.classes, got.train_x.dtype, got.train_y.dtype) == (3, torch.uint8, torch.int64)
@@ -187,8 +167,8 @@ def test_parquet_is_read_under_every_column_name(tmp_path: Path, image: str, lab
 def test_grayscale_and_sharded_parquet_in_order(tmp_path: Path) -> None:
     for i in range(3):
         part = slice(2 * i, 2 * i + 2)
-        write_parquet(tmp_path / "data" / f"train-0000{i}-of-00003.parquet", TRAIN[part], TRAIN_Y[part])
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", TEST, TEST_Y)
+        written(tmp_path / "data" / f"train-0000{i}-of-00003.parquet", TRAIN[part], TRAIN_Y[part])
+    written(tmp_path / "data" / "test-00000-of-00001.parquet", TEST, TEST_Y)
     got = load("own", tmp_path)
     np.testing.assert_array_equal(got.train_x.numpy(), TRAIN[:, None])
     np.testing.assert_array_equal(got.train_y.numpy(), TRAIN_Y)
@@ -200,13 +180,13 @@ def test_grayscale_and_sharded_parquet_in_order(tmp_path: Path) -> None:
 def test_many_images_keep_their_order_through_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_CHUNK", 2)
     many = RNG.integers(0, 256, (75, 5, 4), dtype=np.uint8)
-    write_parquet(tmp_path / "train.parquet", many, np.arange(75) % 3)
-    write_parquet(tmp_path / "test.parquet", TEST, TEST_Y)
+    written(tmp_path / "train.parquet", many, np.arange(75) % 3)
+    written(tmp_path / "test.parquet", TEST, TEST_Y)
     np.testing.assert_array_equal(load("own", tmp_path).train_x.numpy(), many[:, None])
 
 
 def test_parquet_without_a_split_is_refused(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "train.parquet")
+    path = written(tmp_path / "train.parquet")
     assert "no test or validation*.parquet" in refused(tmp_path)
     path.rename(tmp_path / "test.parquet")
     assert "no train*.parquet" in refused(tmp_path)
@@ -230,22 +210,22 @@ def test_parquet_without_a_split_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_spoilt_parquet_is_refused(tmp_path: Path, spoilt: pa.Table, message: str) -> None:
-    write_parquet(tmp_path / "train.parquet")
+    written(tmp_path / "train.parquet")
     pq.write_table(spoilt, tmp_path / "test.parquet")
     assert message in refused(tmp_path)
 
 
 def test_shards_of_two_sizes_are_refused(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train-00000-of-00002.parquet")
-    write_parquet(tmp_path / "train-00001-of-00002.parquet", COLOUR[:, :3])
-    write_parquet(tmp_path / "test.parquet")
+    written(tmp_path / "train-00000-of-00002.parquet")
+    written(tmp_path / "train-00001-of-00002.parquet", COLOUR[:, :3])
+    written(tmp_path / "test.parquet")
     assert "(3, 3, 4) but train-00000-of-00002.parquet (3, 5, 4)" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 200, -5])
 def test_truncated_parquet_is_refused(tmp_path: Path, keep: int) -> None:
-    path = write_parquet(tmp_path / "train.parquet")
-    write_parquet(tmp_path / "test.parquet")
+    path = written(tmp_path / "train.parquet")
+    written(tmp_path / "test.parquet")
     path.write_bytes(path.read_bytes()[:keep])
     assert "no sound parquet file" in refused(tmp_path)
 

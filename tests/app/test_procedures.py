@@ -13,18 +13,19 @@ import torch
 from torch.optim import lr_scheduler
 
 import regrow
-from app import test_cli, test_data
 from regrow.app import compare, folder, loop, models, procedures, recipes
 from regrow.app.config import Config, resolved
 from regrow.app.procedures import around
 from regrow.app.vocabulary import AROUND, options, parsed_around
+from support import app
+from support.app import command, write_parquet
 
 SUP = {"superpose": "caa", "cycle_share": "0.4", "cycles": "3", "lr_min": "0.01", "lr_max": "0.05"}
 
 
 def config(**changes: Any) -> Config:
     given = {"density": "0.2", "interval": "5"} | changes.pop("options", {})
-    return test_cli.config(options=given, **changes)
+    return app.config(options=given, **changes)
 
 
 def train(settings: Config, where: Path) -> dict[str, Any]:
@@ -175,7 +176,7 @@ LOTTERY = {"density": "0.2", "rounds": "2", "rewind_to": "10"}
 
 
 def lottery(where: Path, **changes: str) -> dict[str, Any]:
-    return train(test_cli.config(method="lottery", options=LOTTERY | changes, steps=40), where)
+    return train(app.config(method="lottery", options=LOTTERY | changes, steps=40), where)
 
 
 def test_a_lottery_prunes_and_rewinds_round_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,7 @@ def test_controls_of_a_lottery(control: str, tmp_path: Path) -> None:
 
 def test_an_interrupted_lottery_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
-    settings = test_cli.config(method="lottery", options=LOTTERY, steps=40)
+    settings = app.config(method="lottery", options=LOTTERY, steps=40)
     lottery(tmp_path / "whole")
     for stop in (5, 20, 55):
 
@@ -238,7 +239,7 @@ STARTS = [word for word in options(AROUND)["start"].words.split(" | ") if word n
 @pytest.mark.parametrize("start", STARTS)
 def test_a_start_prunes_the_values_of_a_file(start: str, tmp_path: Path) -> None:
     """The six starts from a trained model: its largest values, layer by layer or over the whole, entries or rows."""
-    train(test_cli.config(method="dense", options={}), tmp_path / "dense")
+    train(app.config(method="dense", options={}), tmp_path / "dense")
     weights = str(tmp_path / "dense/model.safetensors")
     settings = config(method="static", weights=weights, options={"start": start}, lr=0.0, weight_decay=0.0)
     settings = Config(**{**vars(settings), "options": {"density": "0.2", "start": start}})
@@ -265,7 +266,7 @@ def test_topologies_of_a_file_are_taken_over(tmp_path: Path) -> None:
     train(config(), tmp_path / "rigl")
     weights = str(tmp_path / "rigl/model.safetensors")
     options_ = {"start": "file", "density": "0.2"}
-    train(test_cli.config(method="static", weights=weights, options=options_, seed=5), tmp_path / "static")
+    train(app.config(method="static", weights=weights, options=options_, seed=5), tmp_path / "static")
     assert saved(tmp_path / "rigl")[0] == saved(tmp_path / "static")[0]
 
 
@@ -273,7 +274,7 @@ def colours(where: Path, n: int = 40) -> Path:
     draw = np.random.default_rng(0)
     for split in ("train", "test"):
         images = draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        test_data.write_parquet(where / f"{split}.parquet", images, np.arange(n) % 4)
+        write_parquet(where / f"{split}.parquet", images, np.arange(n) % 4)
     return where
 
 
@@ -281,18 +282,20 @@ def colours(where: Path, n: int = 40) -> Path:
 def test_a_published_recipe_runs_shortened(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ResNet-50, with all phases: pretraining with updates, a cycle, superposing, BatchNorm."""
+    """A narrow ResNet-50, with all phases: pretraining with updates, a cycle, superposing, BatchNorm."""
+    narrow = models.MODELS["resnet-50"]._replace(hidden=(8, 8, 16, 32, 64))
+    monkeypatch.setitem(models.MODELS, "resnet-50", narrow)
     data = colours(tmp_path / "cifar100")
     typed = ["--recipe", name, "--data-dir", str(data), "--steps", "12", "--batch", "2", "--no-augment"]
     typed += ["--cycles", "1", "--cycle-share", "0.3", "--interval", "4"]
     out = tmp_path / "run"
     arguments = ["train", *typed, "--threads", "1", "--out", str(out)]
-    status, _, error = test_cli.command(arguments, capsys, monkeypatch)
+    status, _, error = command(arguments, capsys, monkeypatch)
     assert status == 0, error
     settings, result = json.loads((out / "config.json").read_text()), json.loads((out / "result.json").read_text())
     assert settings["model"] == "resnet-50" and settings["method"] == name.rpartition("-")[2]
     assert (settings["batch"], settings["options"]["interval"], settings["nesterov"]) == (2, "4", False)
-    assert result["density"] == pytest.approx(0.1, abs=1e-6) and result["updates"] >= 1
+    assert result["density"] == pytest.approx(0.1, abs=1e-5) and result["updates"] >= 1
     assert "last ticket" in result["also"]
 
 
@@ -342,7 +345,7 @@ def test_what_cannot_run_is_refused_before_training(changes: dict[str, Any], tol
     method, given = changes.get("method", "rigl"), dict(changes["options"])
     if method == "rigl":
         given |= {"density": "0.2", "interval": "5"}
-    settings = test_cli.config(method=method, options=given)
+    settings = app.config(method=method, options=given)
     with pytest.raises(ValueError, match=told):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from regrow import methods
 from regrow.core.topology import Topology
 from regrow.engine.placement import Storage
 from regrow.engine.probe import BatchProbe, mean_gradient
+from support.ranks import as_rank, two_ranks
 
 Batch = tuple[Tensor, Tensor]
 Array = NDArray[Any]
@@ -554,9 +552,7 @@ def test_inputs_without_ones_are_refused() -> None:
 # Two ranks.
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+def answers(rank: int) -> dict[str, Any]:
     data = doubles(3)[rank::2]
     found: dict[str, Any] = {}
     for wrapped in (False, True):
@@ -575,27 +571,12 @@ def rank_main(rank: int, folder: Path) -> None:
             for _ in range(2):
                 squares(net, data[0]).backward()
             found["trained"] = own[0].grad.clone()
-    torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def test_ranks_share_their_batches(tmp_path: Path) -> None:
     """Every rank gets the mean over the batches of all, of which the first has two and the second one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    path = os.pathsep.join([str(Path(regrow.__file__).parents[1]), str(Path(__file__).parents[1])])
-    options: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": path}, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], **options) for rank in range(2)]
-    try:
-        for run in runs:
-            _, errors = run.communicate(timeout=300)
-            assert run.returncode == 0, errors
-    finally:
-        for run in runs:
-            run.kill()
-            run.communicate()
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = two_ranks(__file__, tmp_path)
     assert torch.equal(ranks[0].pop("trained"), ranks[1].pop("trained"))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -616,4 +597,4 @@ def test_ranks_share_their_batches(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+    as_rank(answers)

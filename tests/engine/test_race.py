@@ -18,6 +18,7 @@ from regrow.engine import race
 from regrow.engine.timing import Call, Race, Topologies
 from regrow.nn import SparseGRU, SparseLinear, SparseModule
 from regrow.parts.allocation import uniform
+from support.loops import Branch
 from support.pairs import NETS, Run, tensors
 
 Winner = Callable[[nn.Module], bool]
@@ -255,14 +256,6 @@ def test_an_optimizer_that_reads_dense_weights_keeps_them(judge: Any, caplog: py
 
 def test_what_the_example_does_not_reach_is_masked(judge: Any, caplog: pytest.LogCaptureFixture):
     judge(lambda module: True)
-
-    class Branch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.idle = nn.Linear(6, 4), nn.Linear(6, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.used(x)
 
     with caplog.at_level(logging.INFO, logger="regrow"):
         sparsifier = start(Branch(), example=torch.randn(2, 6))

@@ -12,21 +12,25 @@ import regrow
 from regrow.core.method import Need
 from regrow.methods import RECIPES
 from regrow.parts import growth
-from support.paper import Arrays, History, Program, actual, assert_same, network, sgd
-from support.plain import (
-    FRACTIONS,
+from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
+from support.paper import (
     Array,
-    Changes,
-    cases,
+    Arrays,
+    History,
+    Program,
+    actual,
+    annealed,
+    assert_same,
+    counts_of,
     exchange,
     history,
     library,
-    require_predicted_difference,
-    shared,
+    network,
+    regular,
+    sgd,
     start,
     stream,
     top,
-    total_of,
 )
 
 PAPERS: dict[str, dict[str, Any]] = {
@@ -44,7 +48,6 @@ PAPERS: dict[str, dict[str, Any]] = {
 PAPERS["itop_rigl"] = PAPERS["itop_set"] | {"interval": 4000, "grow": "gradient"}
 
 SHORT: dict[str, dict[str, Any]] = {name: {"density": 0.3, "until": 16, "interval": 3} for name in PAPERS}
-EXPLICIT = {"0.weight": 0.1, "2.weight": 0.5, "5.weight": 0.75}
 
 
 def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
@@ -52,28 +55,19 @@ def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
 
 
 def itop_run(o: dict[str, Any], kind: str, seed: int) -> History:
-    first = o["begin"] or o["interval"]
     fired: Arrays = {}
 
-    def counts(run: Program) -> list[int]:
-        if isinstance(o["allocate"], dict):
-            return [int(o["allocate"][n] * run.w[n].size + 0.5) for n in run.sparse]
-        return shared(run, o["allocate"], total_of(run, o["density"]), run.sparse)
-
     def update(run: Program, g: Arrays) -> None:
-        progress = min(max(run.step - (o["begin"] or 0), 0) / (o["until"] - (o["begin"] or 0)), 1)
-
         def pick(n: str, free: Array, k: int) -> Array:
             return PICKS[o["grow"]](run, n, np.abs(g[n]), fired[n], free, k)
 
-        exchange(run, FRACTIONS[o["anneal"]](o["fraction"], progress), o["regrow_dropped"], pick)
+        exchange(run, annealed(o, run.step), o["regrow_dropped"], pick)
         for n in run.sparse:
             fired[n] = fired[n] | run.mask[n]
 
-    run = start(kind, seed, counts, o["regrow_dropped"])
+    run = start(kind, seed, lambda run: counts_of(run, o), o["regrow_dropped"])
     fired |= {n: m.copy() for n, m in run.mask.items()}
-    due = lambda step: first <= step < o["until"] and (step - first) % o["interval"] == 0  # noqa: E731
-    return history(run, kind, due, update, o["timing"])
+    return history(run, kind, lambda step: regular(o, step), update, o["timing"])
 
 
 def at_random(run: Program, n: str, g: Array, fired: Array, free: Array, k: int) -> Array:

@@ -22,24 +22,26 @@ from regrow.engine.probe import BatchProbe
 from regrow.methods import RECIPES
 from regrow.parts.allocation import at_least, explicit, globally, uniform
 from regrow.parts.rounds import synaptic_flow
+from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
+from support.loops import loss_of
 from support.paper import (
+    SHARES,
     Array,
     Arrays,
     Batch,
     History,
-    Program,
-    Recipe,
+    actual,
     assert_same,
     backward,
     batches,
-    library_method,
+    history,
+    library,
     masks,
-    network,
     sgd,
     share_out,
+    start,
     top,
 )
-from support.plain import SHARES, Changes, cases, history
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "snip_it": {"rounds": 5, "allocate": "globally"},
@@ -56,8 +58,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "synflow": {"density": 0.3, "rounds": 4},
     "force": {"density": 0.3, "rounds": 3},
 }
-
-EXPLICIT = {"0.weight": 0.1, "2.weight": 0.5, "5.weight": 0.75}
 
 ALLOCATE: Changes = [({"allocate": "uniform"}, 0), ({"allocate": "erk"}, 0)]
 DENSITY: Changes = [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT, "rounds": 1}, 0)]
@@ -77,10 +77,6 @@ CASES: dict[str, dict[str, Changes]] = {
     "synflow": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE},
     "force": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE},
 }
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 # The papers, on plain functions of dense arrays. A network is a model that is copied, and its arrays, block by block.
@@ -237,27 +233,15 @@ def first(kind: str, seed: int) -> list[Batch]:
     return batches(kind, 100 + seed, steps=3)
 
 
-def expected(name: str, options: dict[str, Any], kind: str = "conv", seed: int = 0) -> History:
-    run = Program(Recipe("dense", density=1.0), network(kind, seed), seed)
+def expected(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
+    run = start(kind, seed)
     run.mask = paper(name, options, Net(run.model, first(kind, seed)))
     run.w = {n: w * run.mask[n] if n in run.mask else w for n, w in run.w.items()}
     return history(run, kind, lambda step: False, lambda run, g: None, "after")
 
 
-def actual(method: Any, kind: str = "conv", seed: int = 0, storage: Any = "masked") -> History:
-    model = network(kind, seed)
-    optimizer = sgd(model)
-    sparsifier = regrow.sparsify(
-        model, optimizer, method, batches=first(kind, seed), loss=loss_of, seed=seed, storage=storage
-    )
-    log = [masks(sparsifier)]
-    for batch in batches(kind, seed):
-        backward(model, batch)
-        optimizer.step()
-        log.append(masks(sparsifier))
-    w = {n: p.detach().numpy().ravel() for n, p in model.named_parameters()}
-    v = {n: optimizer.state[p]["momentum_buffer"].numpy().ravel() for n, p in model.named_parameters()}
-    return History(log, w, v)
+def found(name: str, options: dict[str, Any], kind: str, seed: int = 0) -> History:
+    return actual(library(name, options), kind, seed, batches=first(kind, seed), loss=loss_of)
 
 
 MORE: list[tuple[str, dict[str, Any]]] = [
@@ -279,7 +263,7 @@ def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: st
     """Properties 9, 11, 30 and 31: topologies, then values and momentum of a whole run."""
     options = SHORT[name] | options
     for seed in range(3):
-        assert_same(actual(library_method(name, options), kind, seed), expected(name, options, kind, seed))
+        assert_same(found(name, options, kind, seed), expected(name, options, kind, seed))
 
 
 @pytest.mark.parametrize(("name", "change", "step", "both"), cases(CASES))
@@ -287,12 +271,7 @@ def test_an_option_makes_the_difference_that_is_predicted(
     name: str, change: dict[str, Any], step: int, both: dict[str, Any]
 ) -> None:
     """Property 48."""
-    plain, changed = SHORT[name] | both, SHORT[name] | both | change
-    default, other = expected(name, plain), expected(name, changed)
-    found = actual(library_method(name, changed))
-    assert default.first_difference(other) == step
-    assert found.first_difference(default) == step
-    assert_same(found, other)
+    require_predicted_difference(name, expected, SHORT[name], change, step, both, found=found)
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -302,7 +281,7 @@ def test_what_is_not_given_is_the_default(name: str) -> None:
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     assert defaults == DEFAULTS[name] | ({"allocate": globally} if "allocate" in defaults else {})
     density = {"density": SHORT[name]["density"]}
-    assert_same(actual(RECIPES[name](**density), "mlp", 3), expected(name, density, "mlp", 3))
+    assert_same(found(name, density, "mlp", 3), expected(name, density, "mlp", 3))
 
 
 # Networks with norms, with packed parameters, and with a bend at zero.
@@ -350,7 +329,7 @@ def test_norms_and_packed_parameters(name: str, kind: str, storage: Any) -> None
     for seed in range(2):
         model, data = other(kind, seed)
         wanted = paper(name, SHORT[name], Net(model, data))
-        found = masks(sparse(model, library_method(name, SHORT[name]), data, storage=storage))
+        found = masks(sparse(model, library(name, SHORT[name]), data, storage=storage))
         assert found.keys() == wanted.keys()
         assert all((found[n] == wanted[n]).all() for n in wanted)
 
@@ -363,7 +342,7 @@ def test_the_model_stays_as_it_was_but_for_what_is_pruned(name: str) -> None:
     model[7].bias.requires_grad_(False)
     model[4].eval()
     before, seed = copy.deepcopy(model), torch.random.get_rng_state()
-    sparsifier = sparse(model, library_method(name, SHORT[name]), data)
+    sparsifier = sparse(model, library(name, SHORT[name]), data)
     assert torch.equal(seed, torch.random.get_rng_state())
     assert (model[0].weight.grad == 1).all() and model[3].weight.grad is None
     kept = masks(sparsifier)
@@ -388,7 +367,7 @@ def test_the_order_of_batches_and_weight_decay_do_not_matter(name: str) -> None:
     found = []
     for order, decay in ((sorted_, 0.0), (sorted_[::-1], 0.0), (sorted_, 0.5)):
         twin = copy.deepcopy(model)
-        method = library_method(name, SHORT[name])
+        method = library(name, SHORT[name])
         options: dict[str, Any] = {"batches": order, "loss": loss_of}
         found.append(masks(regrow.sparsify(twin, sgd(twin, decay), method, **options)))
     assert all((m[n] == found[0][n]).all() for m in found for n in m)
@@ -574,7 +553,7 @@ def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], tol
 def test_batches_are_required_and_may_not_run_out(name: str) -> None:
     model, data = other("norms", 0)
     before = copy.deepcopy(model.state_dict())
-    method = library_method(name, SHORT[name])
+    method = library(name, SHORT[name])
     with pytest.raises(ValueError, match=f"^{name} asks for several gradients before training: give batches="):
         regrow.sparsify(model, sgd(model), method)
     with pytest.raises(ValueError, match="belong together"):
@@ -610,7 +589,7 @@ def test_integers_have_no_flow() -> None:
 def test_a_budget_that_dense_weights_share(name: str) -> None:
     """Counts of all rounds come from the budget: exactly so many stay, dense ones included."""
     model, data = other("norms", 0)
-    method = library_method(name, SHORT[name] | {"density": 0.7} | ({"prune_last": True} if name == "snap_it" else {}))
+    method = library(name, SHORT[name] | {"density": 0.7} | ({"prune_last": True} if name == "snap_it" else {}))
     sparsifier = sparse(model, method, data, budget="model", skip="0.weight")
     exact = int(0.7 * 186 + 0.5) - 90
     found = sum(int(m.sum()) for m in masks(sparsifier).values())

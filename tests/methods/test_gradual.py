@@ -17,16 +17,25 @@ from regrow.core.method import Method, Need
 from regrow.methods import RECIPES
 from regrow.parts.allocation import at_least, globally
 from regrow.parts.schedules import constant
-from support.paper import Arrays, History, Program, actual, assert_same, backward, batches, masks, network, sgd
-from support.plain import (
-    FRACTIONS,
-    Changes,
-    cases,
+from support.cases import Changes, cases, require_predicted_difference
+from support.paper import (
+    Arrays,
+    History,
+    Program,
+    actual,
+    annealed,
+    assert_same,
+    backward,
+    batches,
     exchange,
     history,
     keep_largest,
     library,
-    require_predicted_difference,
+    masks,
+    network,
+    progress,
+    regular,
+    sgd,
     start,
     top,
     total_of,
@@ -69,27 +78,21 @@ def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
 def granet_run(name: str, o: dict[str, Any], kind: str, seed: int) -> History:
     """Prune along the ramp, then exchange, at every interval; the ramp's end is met by pruning alone."""
     end = o["prune_until"] or (o["until"] if name == "gmp_uniform" else o["until"] // 2)
-    first = o["begin"] or o["interval"]
-
-    def regular(step: int) -> bool:
-        return first <= step < o["until"] and (step - first) % o["interval"] == 0
 
     def update(run: Program, g: Arrays) -> None:
         if run.step <= end:
-            p = min(max(run.step - o["begin"], 0) / (end - o["begin"]), 1)
-            density = o["density"] + (o["init_density"] - o["density"]) * (1 - p) ** 3
+            left = 1 - progress(o | {"until": end}, run.step)
+            density = o["density"] + (o["init_density"] - o["density"]) * left**3
             total = min(total_of(run, density), sum(int(m.sum()) for m in run.mask.values()))
             keep_largest(run, with_last(run, o["allocate"], total, o["last_layer"], o["last_density"]))
-        if regular(run.step) and o["fraction"] is not None:
-            progress = min(max(run.step - o["begin"], 0) / (o["until"] - o["begin"]), 1)
-            fraction = FRACTIONS[o["anneal"]](o["fraction"], progress)
-            exchange(run, fraction, o["regrow_dropped"], lambda n, free, k: top(np.abs(g[n]), k, free))
+        if regular(o, run.step) and o["fraction"] is not None:
+            exchange(run, annealed(o, run.step), o["regrow_dropped"], lambda n, free, k: top(np.abs(g[n]), k, free))
 
     def counts(run: Program) -> list[int]:
         return with_last(run, o["init_allocate"], total_of(run, o["init_density"]), o["last_layer"], o["last_density"])
 
     run = start(kind, seed, None if o["init_density"] == 1 else counts, o["regrow_dropped"])
-    return history(run, kind, lambda step: regular(step) or step == end, update, o["timing"])
+    return history(run, kind, lambda step: regular(o, step) or step == end, update, o["timing"])
 
 
 def ac_dc_run(o: dict[str, Any], kind: str, seed: int) -> History:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from torch import nn
 
 import regrow
 from regrow.core.draws import Stream
-from regrow.core.method import Method
 from regrow.methods import RECIPES
-from regrow.parts import allocation
+from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
 from support.paper import (
     LR,
     MOMENTUM,
@@ -24,8 +22,11 @@ from support.paper import (
     Array,
     Arrays,
     Batch,
+    History,
+    assert_same,
     backward,
     batches,
+    library,
     masks,
     network,
     sgd,
@@ -34,19 +35,6 @@ from support.paper import (
 )
 
 STEPS = 12
-Changes = list[tuple[Any, ...]]
-
-
-def nets(kind: str, seed: int) -> nn.Module:
-    """`network`, or one whose inputs come in fours."""
-    if kind != "fours":
-        return network(kind, seed)
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-
-
-def data(kind: str, seed: int) -> list[Batch]:
-    return batches("mlp" if kind == "fours" else kind, seed, STEPS)
 
 
 def sigmoid(x: Any) -> Any:
@@ -296,83 +284,55 @@ TRAINED = {
 """What is trained beside the latent values, by its name in a weight's state."""
 
 
-@dataclass
-class Trace:
+def traced(kept: list[Arrays], weights: list[Arrays], **trained: Arrays) -> History:
     """Masks and evaluated weights at the start and after every step; then all that is trained, and its momentum."""
-
-    masks: list[Arrays]
-    weights: list[Arrays]
-    v: Arrays
-    momentum: Arrays
-    s: Arrays
-    s_momentum: Arrays
-
-    def first_difference(self, other: Trace) -> int | None:
-        pairs = enumerate(zip(self.masks, other.masks, strict=True))
-        return next((t for t, (a, b) in pairs if any((a[n] != b[n]).any() for n in a)), None)
+    evaluated = {f"weight after step {t}": w for t, w in enumerate(weights)}
+    return History(kept, evaluated | {kind: arrays for kind, arrays in trained.items()})
 
 
-def expected(name: str, options: dict[str, Any], kind: str, seed: int = 0) -> Trace:
-    run = PAPERS[name](options, nets(kind, seed), seed)
+def expected(name: str, options: dict[str, Any], kind: str, seed: int = 0) -> History:
+    run = PAPERS[name](options, network(kind, seed), seed)
     shown = lambda: {n: run.effective(n) * run.mask[n] for n in run.sparse}  # noqa: E731
     kept, weights = [dict(run.mask)], [shown()]
-    for batch in data(kind, seed):
+    for batch in batches(kind, seed, STEPS):
         run.train(batch)
         kept.append(dict(run.mask))
         weights.append(shown())
-    return Trace(kept, weights, run.v, run.momentum, run.s, run.s_momentum)
+    beside, pushed = ({n: a for n, a in arrays.items() if a.size} for arrays in (run.s, run.s_momentum))
+    return traced(kept, weights, latent=run.v, momentum=run.momentum, beside=beside, momentum_beside=pushed)
 
 
-def library(name: str, options: dict[str, Any]) -> Method:
-    words = {k: allocation.explicit(v) if isinstance(v, dict) else v for k, v in options.items()}
-    if isinstance(words.get("allocate"), str):
-        words["allocate"] = getattr(allocation, words["allocate"])
-    return RECIPES[name](**words)
-
-
-def actual(name: str, options: dict[str, Any], kind: str, seed: int = 0) -> Trace:
-    model = nets(kind, seed)
+def actual(name: str, options: dict[str, Any], kind: str, seed: int = 0) -> History:
+    model = network(kind, seed)
     optimizer = sgd(model)
     sparsifier = regrow.sparsify(model, optimizer, library(name, options), seed=seed)
     named = dict(model.named_parameters())
     shown = lambda: {w.name: named[w.name].detach().numpy().ravel().copy() for w in sparsifier.weights}  # noqa: E731
     kept, weights = [masks(sparsifier)], [shown()]
-    for batch in data(kind, seed):
+    for batch in batches(kind, seed, STEPS):
         backward(model, batch)
         optimizer.step()
         kept.append(masks(sparsifier))
         weights.append(shown())
-    v = {n: p.detach().numpy().ravel() for n, p in named.items()}
-    v |= {w.name: w.state["latent"].numpy().ravel() for w in sparsifier.weights}
-    momentum = {n: optimizer.state[p]["momentum_buffer"].numpy().ravel() for n, p in named.items()}
-    beside = {} if name not in TRAINED else {w.name: w.state[TRAINED[name]].numpy().ravel() for w in sparsifier.weights}
+    pushed = lambda p: optimizer.state[p]["momentum_buffer"].numpy().ravel()  # noqa: E731
+    latent = {n: p.detach().numpy().ravel() for n, p in named.items()}
+    latent |= {w.name: w.state["latent"].numpy().ravel() for w in sparsifier.weights}
+    beside = {w.name: w.state[TRAINED[name]].numpy().ravel() for w in sparsifier.weights if name in TRAINED}
     own = [p for group in optimizer.param_groups[1:] for p in group["params"]]
-    return Trace(
+    return traced(
         kept,
         weights,
-        v,
-        momentum,
-        beside,
-        {n: optimizer.state[p]["momentum_buffer"].numpy().ravel() for n, p in zip(beside, own, strict=True)},
+        latent=latent,
+        momentum={n: pushed(p) for n, p in named.items()},
+        beside=beside,
+        momentum_beside={n: pushed(p) for n, p in zip(beside, own, strict=True)},
     )
 
 
-def assert_same(found: Trace, wanted: Trace) -> None:
-    assert found.first_difference(wanted) is None
-    for mine, theirs, kept in zip(found.weights, wanted.weights, wanted.masks, strict=True):
-        for n in theirs:
-            np.testing.assert_allclose(mine[n], theirs[n], rtol=1e-7, atol=1e-11, err_msg=n)
-            assert not mine[n][~kept[n]].any()
-    for ours, theirs in ((found.v, wanted.v), (found.momentum, wanted.momentum)):
-        assert ours.keys() == theirs.keys()
-        for n in theirs:
-            np.testing.assert_allclose(ours[n], theirs[n], rtol=1e-7, atol=1e-11, err_msg=n)
-    for ours, theirs in ((found.s, wanted.s), (found.s_momentum, wanted.s_momentum)):
-        for n in ours:
-            np.testing.assert_allclose(ours[n], theirs[n], rtol=1e-7, atol=1e-11, err_msg=n)
+def require_same(found: History, wanted: History) -> None:
+    assert_same(found, wanted, rtol=1e-7, atol=1e-11)
 
 
-EXPLICIT = {"0.weight": 0.1, "2.weight": 0.5, "5.weight": 0.75}
 SHORT: dict[str, dict[str, Any]] = {
     "dnw": {"density": 0.3},
     "ste": {"density": 0.3},
@@ -414,7 +374,7 @@ def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: st
     """Property 1 and section 6.6: topologies, weights, latent values, what is beside them, and momentum."""
     for seed in range(3):
         wanted = expected(name, SHORT[name] | options, kind, seed)
-        assert_same(actual(name, SHORT[name] | options, kind, seed), wanted)
+        require_same(actual(name, SHORT[name] | options, kind, seed), wanted)
         # What is compared moves, and what is inactive comes back.
         first, last = wanted.masks[0], wanted.masks[-1]
         assert any((first[n] != last[n]).any() for n in first)
@@ -424,7 +384,7 @@ def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: st
 def test_a_pattern_run_is_that_of_the_paper(options: dict[str, Any]) -> None:
     for seed in range(3):
         wanted = expected("sr_ste", options, "fours", seed)
-        assert_same(actual("sr_ste", options, "fours", seed), wanted)
+        require_same(actual("sr_ste", options, "fours", seed), wanted)
         for n, mask in wanted.masks[-1].items():
             assert (mask.reshape(-1, 4).sum(1) == options["n"]).all(), n
 
@@ -444,8 +404,10 @@ def test_what_is_not_given_is_the_papers(name: str) -> None:
     """Property 48: a default is an option value too."""
     options = NEEDED.get(name, {})
     wanted = expected(name, options, "mlp")
-    assert_same(actual(name, options, "mlp"), wanted)
-    assert not np.array_equal(wanted.v["0.weight"], nets("mlp", 0)[0].weight.detach().numpy().ravel())
+    require_same(actual(name, options, "mlp"), wanted)
+    assert not np.array_equal(
+        wanted.trained["latent"]["0.weight"], network("mlp", 0)[0].weight.detach().numpy().ravel()
+    )
 
 
 FOURS = {"n": 2, "m": 4, "density": None}
@@ -500,26 +462,15 @@ CASES: dict[str, dict[str, Changes]] = {
         "variance_lr": [({"variance_lr": 0.5}, 7), ({"variance_lr": 0.0}, 5)],
     },
 }
-FLAT = [
-    pytest.param(name, *case, *[{}] * (3 - len(case)), id=f"{name}-{'-'.join(f'{k}={v}' for k, v in case[0].items())}")
-    for name, options in CASES.items()
-    for changes in options.values()
-    for case in changes
-]
 
 
-@pytest.mark.parametrize(("name", "change", "first", "both"), FLAT)
+@pytest.mark.parametrize(("name", "change", "first", "both"), cases(CASES))
 def test_an_option_makes_the_difference_that_is_predicted(
     name: str, change: dict[str, Any], first: int, both: dict[str, Any]
 ) -> None:
     """Property 48."""
     kind = "fours" if "m" in both else "conv"
-    plain, changed = SHORT[name] | both, SHORT[name] | both | change
-    default, other = (expected(name, options, kind) for options in (plain, changed))
-    found = actual(name, changed, kind)
-    assert default.first_difference(other) == first
-    assert found.first_difference(default) == first
-    assert_same(found, other)
+    require_predicted_difference(name, expected, SHORT[name], change, first, both, kind, actual)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -570,7 +521,7 @@ def test_a_ramp_that_ends_before_it_begins_is_refused(name: str) -> None:
 
 def test_a_density_that_leaves_nothing_is_refused_before_anything_changes() -> None:
     for method in (RECIPES["dnw"](0.001), RECIPES["top_kast"](0.001, backward_density=0.5)):
-        model = nets("mlp", 0)
+        model = network("mlp", 0)
         optimizer, before = sgd(model), {n: v.clone() for n, v in model.state_dict().items()}
         with pytest.raises(ValueError, match="makes none of the 240 sparsified ones active"):
             regrow.sparsify(model, optimizer, method)
@@ -580,7 +531,7 @@ def test_a_density_that_leaves_nothing_is_refused_before_anything_changes() -> N
 @pytest.mark.parametrize("threshold", ["sigmoid", "exp"])
 def test_the_gradient_of_a_soft_threshold_is_that_of_finite_differences(threshold: str) -> None:
     """The first step of s, without momentum or decay, is -lr dL/ds of the loss of a network that autograd never saw."""
-    model, batch = nets("mlp", 3), data("mlp", 3)[0]
+    model, batch = network("mlp", 3), batches("mlp", 3)[0]
     v = {n: p.detach().clone() for n, p in model.named_parameters()}
     g = torch.sigmoid if threshold == "sigmoid" else torch.exp
 
@@ -626,7 +577,7 @@ def test_a_constant_gradient_brings_an_inactive_entry_back(name: str) -> None:
 
 def test_outside_the_backward_set_nothing_is_trained() -> None:
     """Top-KAST: neither loss nor penalty moves what lies outside B, and a clipped norm does not count it."""
-    model, batch = nets("mlp", 0), data("mlp", 0)[0]
+    model, batch = network("mlp", 0), batches("mlp", 0)[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = regrow.sparsify(model, optimizer, RECIPES["top_kast"](0.2, backward_density=0.5, penalty=0.1))
     for weight in sparsifier.weights:
@@ -646,9 +597,9 @@ def test_outside_the_backward_set_nothing_is_trained() -> None:
 
 def test_a_soft_threshold_reads_no_gradient_of_what_it_hides() -> None:
     """So that a clipped norm is that of the entries that train."""
-    model = nets("mlp", 0)
+    model = network("mlp", 0)
     sparsifier = regrow.sparsify(model, sgd(model), RECIPES["str"](initial=-2.0))
-    backward(model, data("mlp", 0)[0])
+    backward(model, batches("mlp", 0)[0])
     for name, topology in sparsifier.topologies.items():
         grad = dict(model.named_parameters())[name].grad
         assert 0 < topology.nnz < topology.numel
@@ -656,14 +607,14 @@ def test_a_soft_threshold_reads_no_gradient_of_what_it_hides() -> None:
 
 
 def test_a_weight_that_loses_its_last_entry_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    model = nets("mlp", 0)
+    model = network("mlp", 0)
     optimizer = sgd(model)
     sparsifier = regrow.sparsify(model, optimizer, RECIPES["str"](initial=-8.0, threshold="exp", threshold_lr=0.0))
     with torch.no_grad():
         for group in optimizer.param_groups[1:]:
             for tensor in group["params"][:1]:
                 tensor.fill_(3.0)
-    backward(model, data("mlp", 0)[0])
+    backward(model, batches("mlp", 0)[0])
     optimizer.step()
     assert sparsifier.topologies["0.weight"].nnz == 0
     assert caplog.messages == ["step 1: the last of the 96 entries of 0.weight went"]
@@ -671,10 +622,10 @@ def test_a_weight_that_loses_its_last_entry_is_named(caplog: pytest.LogCaptureFi
 
 def test_diverged_values_are_named() -> None:
     for name in ("dnw", "str", "soft_movement"):
-        model = nets("mlp", 0)
+        model = network("mlp", 0)
         optimizer = sgd(model)
         sparsifier = regrow.sparsify(model, optimizer, RECIPES[name](**SHORT[name]))
         sparsifier.weights[1].state["latent"][0, 0] = math.nan
-        backward(model, data("mlp", 0)[0])
+        backward(model, batches("mlp", 0)[0])
         with pytest.raises(ValueError, match=r"2\.weight: 1 of 108 (scores|values) are NaN"):
             optimizer.step()

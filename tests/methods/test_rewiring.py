@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,33 @@ from regrow.core.weight import Weights
 from regrow.methods import RECIPES
 from regrow.methods.rewiring import sampled_gradient
 from regrow.parts import allocation
+from regrow.parts.schedules import constant
+from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
 from support.fakes import Fake
-from support.paper import Array, Arrays, History, Program, actual, assert_same, batches, network, share_out, top
-from support.plain import FRACTIONS, SHARES, WORDS, Changes, cases, history, start, stream, total_of
+from support.paper import (
+    Array,
+    Arrays,
+    History,
+    Program,
+    actual,
+    annealed,
+    assert_same,
+    at_random,
+    batches,
+    counts_of,
+    floor,
+    history,
+    library,
+    meant,
+    network,
+    only,
+    place,
+    regular,
+    share_out,
+    start,
+    stream,
+    top,
+)
 
 PAPERS: dict[str, dict[str, Any]] = {
     "dsr": {
@@ -71,44 +95,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "gse": {"density": 0.3, "until": 13, "interval": 3, "fraction": 0.4},
 }
 
-Pick = Callable[[str, Array, int], Array]
-
-
-def library(name: str, options: dict[str, Any]) -> Method:
-    given = {k: WORDS[k][v] if k in WORDS and isinstance(v, str) else v for k, v in options.items()}
-    if isinstance(given.get("allocate"), dict):
-        given["allocate"] = allocation.explicit(given["allocate"])
-    return RECIPES[name](**given)
-
-
-def counts_of(run: Program, options: dict[str, Any]) -> list[int]:
-    allocate = options["allocate"]
-    if isinstance(allocate, dict):
-        return [int(allocate[n] * run.w[n].size + 0.5) for n in run.sparse]
-    shares = [SHARES[allocate](run.shapes[n]) for n in run.sparse]
-    return share_out(shares, total_of(run, options["density"]), run.sizes())
-
-
-def floor(x: float) -> int:
-    return int(np.floor(x + 1e-9))
-
-
-def only(run: Program, n: str, positions: Array) -> Array:
-    mask = np.zeros_like(run.mask[n])
-    mask[positions] = True
-    return mask
-
-
-def at_random(run: Program) -> Pick:
-    return lambda n, candidates, count: candidates[stream(run, n).subset(candidates.size, count)]
-
-
-def place(run: Program, kept: Arrays, policy: str, counts: Sequence[int], pick: Pick) -> None:
-    """Grow among what is outside of the kept, or of all that was active where regrowth is forbidden."""
-    for n, count in zip(run.sparse, counts, strict=True):
-        candidates = np.flatnonzero(~(run.mask[n] if policy == "forbid" else kept[n]))
-        run.change(n, kept[n], only(run, n, pick(n, candidates, count)))
-
 
 def dsr(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
     threshold = [o["threshold"]]
@@ -137,16 +123,11 @@ def dsr(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
     return update
 
 
-def annealed(run: Program, o: dict[str, Any]) -> float:
-    begin = o["begin"] or 0
-    return FRACTIONS[o["anneal"]](o["fraction"], float(np.clip((run.step - begin) / (o["until"] - begin), 0, 1)))
-
-
 def mest(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
     targets = {n: int(run.mask[n].sum()) for n in run.sparse}
 
     def update(run: Program, g: Arrays) -> None:
-        fraction = annealed(run, o) if run.step < o["until"] else 0.0
+        fraction = annealed(o, run.step) if run.step < o["until"] else 0.0
         kept, counts = {}, []
         for n in run.sparse:
             score = np.abs(run.w[n]) + o["gradient_weight"] * np.abs(g[n])
@@ -187,7 +168,7 @@ def gse(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
         kept, counts, sizes = {}, [], {}
         for n in run.sparse:
             active = np.flatnonzero(run.mask[n])
-            counts.append(floor(annealed(run, o) * active.size))
+            counts.append(floor(annealed(o, run.step) * active.size))
             if o["regrow_dropped"] == "forbid":
                 counts[-1] = min(counts[-1], run.mask[n].size - active.size)
             kept[n] = only(run, n, top(np.abs(run.w[n]), active.size - counts[-1], active))
@@ -205,16 +186,11 @@ def gse(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
 UPDATES = {"dsr": dsr, "mest": mest, "deep_r": deep_r, "gse": gse}
 
 
-def expected(name: str, options: dict[str, Any], kind: str = "mlp", seed: int = 0) -> History:
+def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
     o = {"begin": 1, "interval": 1, "regrow_dropped": "reset", "timing": "after", "soft": False}
     o |= PAPERS[name] | options
     run = start(kind, seed, lambda run: counts_of(run, o), keep=o["regrow_dropped"])
-    first = o["begin"] or o["interval"]
-
-    def due(step: int) -> bool:
-        regular = first <= step < o["until"] and (step - first) % o["interval"] == 0
-        return regular or (o["soft"] and step == o["until"])
-
+    due = lambda step: regular(o, step) or (o["soft"] and step == o["until"])  # noqa: E731
     return history(run, kind, due, UPDATES[name](run, o), o["timing"])
 
 
@@ -248,10 +224,9 @@ def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: st
     """Properties 1, 3, 4, 7, 9, 10, 11, 24, 27 and 29: topologies, values and momentum over a whole run."""
     options = SHORT[name] | options
     for seed in range(3):
-        assert_same(actual(library(name, options), kind, seed), expected(name, options, kind, seed))
+        assert_same(actual(library(name, options), kind, seed), paper(name, options, kind, seed))
 
 
-EXPLICIT = {"0.weight": 0.1, "2.weight": 0.5, "5.weight": 0.75}
 DENSITY: Changes = [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT}, 0)]
 TIMES: dict[str, Changes] = {
     "interval": [({"interval": 4}, 3), ({"interval": 6}, 3)],
@@ -309,22 +284,17 @@ CASES: dict[str, dict[str, Changes]] = {
 def test_an_option_makes_the_difference_that_is_predicted(
     name: str, change: dict[str, Any], first: int, both: dict[str, Any]
 ) -> None:
-    """Property 48: the default and the changed run part at a known step, and the library does both."""
-    plain, changed = SHORT[name] | both, SHORT[name] | both | change
-    default, other = (expected(name, options, "conv") for options in (plain, changed))
-    found = actual(library(name, changed), "conv")
-    assert default.first_difference(other) == first
-    assert found.first_difference(default) == first
-    assert_same(found, other)
+    """Property 48."""
+    require_predicted_difference(name, paper, SHORT[name], change, first, both)
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_what_is_not_given_is_the_paper_s(name: str) -> None:
+def test_what_is_not_given_is_the_papers(name: str) -> None:
     """Property 48: a default is an option value too."""
     defaults = {
         k: p.default for k, p in inspect.signature(RECIPES[name]).parameters.items() if p.default is not p.empty
     }
-    assert defaults == {k: WORDS[k][v] if k in WORDS else v for k, v in PAPERS[name].items()}
+    assert defaults == {k: meant(k, v) for k, v in PAPERS[name].items()}
 
 
 ALL = list(PAPERS)
@@ -394,7 +364,7 @@ def active(dense: Tensor) -> int:
 def test_the_soft_bound_is_exceeded_by_the_fraction_and_kept_at_the_end(storage: str) -> None:
     """floor(f n) more at an update, in each weight, until the next one; from `until` on exactly the target."""
     log: list[list[int]] = []
-    method = methods.mest(0.3, until=11, interval=4, fraction=0.5, anneal=WORDS["anneal"]["constant"], soft=True)
+    method = methods.mest(0.3, until=11, interval=4, fraction=0.5, anneal=constant, soft=True)
     assert method.needs == Need.OVERSHOOT
     trained(method, storage, 14, lambda step, seen: log.append([active(d) for d in seen.values()]))
     targets = [29, 32, 11]
@@ -423,7 +393,6 @@ def test_no_weight_holds_more_than_twice_its_density(storage: str, caplog: pytes
     """What no weight can take is not grown, and the log says how much."""
     log: list[list[int]] = []
     dense = allocation.explicit({"0": 0.25, "2": 0.5, "4": 1.0})
-    constant = WORDS["anneal"]["constant"]
     method = methods.mest(None, allocate=dense, until=9, interval=3, fraction=1.0, anneal=constant, soft=True)
     with caplog.at_level(logging.WARNING, "regrow"):
         trained(method, storage, 10, lambda step, seen: log.append([active(d) for d in seen.values()]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,37 +16,53 @@ from torch import nn
 
 import regrow
 from regrow import methods
-from regrow.core.draws import Stream
 from regrow.core.topology import Topology
 from regrow.parts import starts
 from regrow.parts.schedules import constant
 from regrow.parts.structures import fan_ins
 from regrow.storage import compressed
+from support.cases import cases, require_predicted_difference
 from support.fakes import Fake, run, together
 from support.paper import (
-    ANNEAL,
     Array,
     Arrays,
     History,
     Program,
-    Recipe,
     actual,
+    annealed,
     assert_same,
     backward,
     batches,
-    library_method,
+    counts_of,
+    floor,
+    history,
+    library,
     masks,
     network,
+    regular,
     sgd,
+    start,
+    stream,
 )
 
-PAPER = Recipe("srigl", anneal="cosine", allocate="erk", timing="instead")
+PAPERS: dict[str, dict[str, Any]] = {
+    "srigl": {
+        "begin": None,
+        "interval": 100,
+        "fraction": 0.3,
+        "anneal": "cosine",
+        "ablation": 0.3,
+        "ablate_last": False,
+        "allocate": "erk",
+        "timing": "instead",
+    }
+}
 SHORT: dict[str, dict[str, Any]] = {"srigl": {"density": 0.3, "until": 13, "interval": 3}}
-EXPLICIT = {"0.weight": 0.2, "2.weight": 0.5, "5.weight": 0.75}
+DENSITIES = {"0.weight": 0.2, "2.weight": 0.5, "5.weight": 0.75}
 
 CASES: dict[str, dict[str, list[Any]]] = {
     "srigl": {
-        "density": [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT}, 0)],
+        "density": [({"density": 0.5}, 0), ({"density": None, "allocate": DENSITIES}, 0)],
         "until": [({"until": 40}, 3), ({"until": 5}, 3)],
         "begin": [({"begin": 1}, 1), ({"begin": 5}, 3)],
         "interval": [({"interval": 4}, 3), ({"interval": 6}, 3)],
@@ -107,42 +122,25 @@ def update(w: Array, mask: Array, g: Array, dropped: int, gamma: float, at: Arra
     return np.array([o in stays for o in range(neurons)]), new
 
 
-@dataclass
-class Srigl(Program):
-    """A run of SRigL: SGD with momentum and weight decay from equal fan-ins, and its updates."""
+def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
+    """From equal fan-ins, and with updates that keep them."""
+    o, run = PAPERS[name] | options, start(kind, seed)
+    for n, count in zip(run.sparse, counts_of(run, o), strict=True):
+        score = stream(run, n).uniform(run.w[n].size).reshape(run.shapes[n][0], -1)
+        run.mask[n] = equal_fan_ins(score, count).ravel()
+        run.w[n] = run.w[n] * run.mask[n]
 
-    ablation: float = 0.3
-    ablate_last: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for n, count in zip(self.sparse, self.counts(self.recipe.density, self.sizes()), strict=True):
-            score = Stream(self.seed, n, 0).uniform(self.w[n].size).reshape(self.shapes[n][0], -1)
-            self.mask[n] = equal_fan_ins(score, count).ravel()
-            self.w[n] *= self.mask[n]
-
-    def drop_and_grow(self, g: Arrays) -> None:
-        fraction = self.recipe.fraction * ANNEAL[self.recipe.anneal](self.recipe.progress(self.step))
-        for n in self.sparse:
-            dropped = int(np.floor(fraction * self.mask[n].sum() + 1e-9))
-            gamma = self.ablation if self.ablate_last or n != self.sparse[-1] else 0.0
+    def rewire(run: Program, g: Arrays) -> None:
+        for n in run.sparse:
+            dropped = floor(annealed(o, run.step) * run.mask[n].sum())
+            gamma = o["ablation"] if o["ablate_last"] or n != run.sparse[-1] else 0.0
             if dropped:
-                layers = [a[n].reshape(self.shapes[n][0], -1) for a in (self.w, self.mask, g)]
+                layers = [a[n].reshape(run.shapes[n][0], -1) for a in (run.w, run.mask, g)]
                 at = np.arange(layers[0].size).reshape(layers[0].shape)
                 new = update(*layers, dropped, gamma, at)[1].ravel()
-                self.change(n, new & self.mask[n], new)
+                run.change(n, new & run.mask[n], new)
 
-
-def expected(options: dict[str, Any], kind: str, seed: int = 0) -> History:
-    known = {f.name for f in fields(Recipe)}
-    recipe = replace(PAPER, **{k: v for k, v in options.items() if k in known})
-    own = {k: v for k, v in options.items() if k not in known}
-    program = Srigl(recipe, network(kind, seed), seed, **own)
-    history = [dict(program.mask)]
-    for batch in batches(kind, seed):
-        program.train(batch)
-        history.append(dict(program.mask))
-    return History(history, program.w, program.v)
+    return history(run, kind, lambda step: regular(o, step), rewire, o["timing"])
 
 
 RUNS: list[dict[str, Any]] = [
@@ -164,38 +162,23 @@ def test_a_run_is_that_of_the_paper(options: dict[str, Any], kind: str) -> None:
     if kind == "mlp" and options["density"] == 0.15:
         options["density"] = 0.2
     for seed in range(3):
-        found = actual(library_method("srigl", options), kind, seed)
-        assert_same(found, expected(options, kind, seed))
+        assert_same(actual(library("srigl", options), kind, seed), paper("srigl", options, kind, seed))
 
 
-FLAT = [
-    pytest.param(*case, *[{}] * (3 - len(case)), id=f"{name}-{'-'.join(f'{k}={v}' for k, v in case[0].items())}")
-    for options in CASES.values()
-    for name, cases in options.items()
-    for case in cases
-]
-
-
-@pytest.mark.parametrize(("change", "first", "both"), FLAT)
+@pytest.mark.parametrize(("name", "change", "first", "both"), cases(CASES))
 def test_an_option_makes_the_difference_that_is_predicted(
-    change: dict[str, Any], first: int, both: dict[str, Any]
+    name: str, change: dict[str, Any], first: int, both: dict[str, Any]
 ) -> None:
-    """Property 48: the default and the changed run part at a known step, and the library does both."""
-    plain, changed = SHORT["srigl"] | both, SHORT["srigl"] | both | change
-    default, other = expected(plain, "conv"), expected(changed, "conv")
-    found = actual(library_method("srigl", changed), "conv")
-    assert default.first_difference(other) == first
-    assert found.first_difference(default) == first
-    assert_same(found, other)
+    """Property 48."""
+    require_predicted_difference(name, paper, SHORT[name], change, first, both)
 
 
-def test_what_is_not_given_is_the_paper_s() -> None:
+def test_what_is_not_given_is_the_papers() -> None:
     """Property 48: a default is an option value too."""
-    defaults = {k: p.default for k, p in inspect.signature(methods.srigl).parameters.items()}
-    for option in ("begin", "interval", "fraction", "timing"):
-        assert defaults[option] == getattr(PAPER, option), option
-    assert (defaults["ablation"], defaults["ablate_last"]) == (0.3, False)
-    assert_same(actual(library_method("srigl", SHORT["srigl"])), expected(SHORT["srigl"], "mlp"))
+    given = inspect.signature(methods.srigl).parameters
+    for option in set(PAPERS["srigl"]) - {"anneal", "allocate"}:
+        assert given[option].default == PAPERS["srigl"][option], option
+    assert_same(actual(library("srigl", SHORT["srigl"])), paper("srigl", SHORT["srigl"], "mlp", 0))
 
 
 @st.composite

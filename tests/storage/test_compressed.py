@@ -16,21 +16,22 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils import checkpoint
 
-from regrow import Sparsifier, methods, sparsify
+from regrow import Sparsifier, sparsify
 from regrow.core.method import Method
-from regrow.parts.schedules import constant
+from support import loops
+from support.loops import Noisy
 from support.pairs import Run, batch, held, loss_of, model_of, positions, require_inert_tails, tensors
 from support.table import METHODS, OPTIMIZERS
 
 BOTH = ("masked", "compressed")
 
 
-def rigl(density: float = 0.3, interval: int = 3, until: int = 30, **options: Any) -> Method:
-    return methods.rigl(density, interval=interval, until=until, anneal=constant, **options)
+def rigl(density: float = 0.3, **options: Any) -> Method:
+    return loops.rigl(density, **options)
 
 
-def set_(density: float = 0.3, interval: int = 3, until: int = 30, **options: Any) -> Method:
-    return methods.set_(density, interval=interval, until=until, **options)
+def set_(density: float = 0.3, **options: Any) -> Method:
+    return loops.set_(density, **options)
 
 
 def in_both(loop: Callable[[Run], object], make: Callable[[], Method] = rigl, *args: Any, **options: Any) -> list[Run]:
@@ -47,15 +48,6 @@ def in_both(loop: Callable[[Run], object], make: Callable[[], Method] = rigl, *a
 
 
 ROOMY = ["snfs", "snfs-magnitude", "gmp", "gmp-global", "snip"]
-
-
-class Noisy(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
-        with torch.no_grad():
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.01)
 
 
 WIDE: dict[str, Callable[[Any], Optimizer]] = {

@@ -16,8 +16,6 @@ from support import table
 from support.pairs import Run, batch, loss_of, positions, tensors
 from support.table import DENSITY, METHODS
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-
 
 class Exact(nn.Module):
     """Layers whose inputs are one-hot, so that each entry of each gradient is one number and nothing is rounded."""
@@ -78,9 +76,13 @@ def require_identical(method: str, *runs: list[Any]) -> None:
                 assert torch.equal(tensor, found[key]), key
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("optimizer", EXACT)
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.compresses])
+IN = [("adamw", torch.bfloat16), ("sgd", torch.float32), ("adamw", torch.float64)]
+"""Each dtype with one optimizer; the one that keeps more state in the coarsest and in the finest."""
+EXACT_RUNS = [(m, optimizer, dtype) for m, row in METHODS.items() if row.compresses for optimizer, dtype in IN]
+EXACT_RUNS += [(method, "sgd", torch.bfloat16) for method in ("static", "rigl", "set", "snfs", "gmp", "snip")]
+
+
+@pytest.mark.parametrize(("method", "optimizer", "dtype"), EXACT_RUNS, ids=str)
 def test_where_nothing_is_rounded_both_storages_agree_to_the_bit(method: str, optimizer: str, dtype: torch.dtype):
     """Topology, values, optimizer state and gradient, after ordinary steps and two updates."""
     require_identical(method, *(exact_run(s, method, optimizer, dtype) for s in ("masked", "compressed")))
@@ -93,7 +95,9 @@ def test_autocast_changes_nothing_where_nothing_is_rounded(method: str):
 
 
 MOVING = [name for name in METHODS if name.startswith(("rigl", "set", "snfs"))]
-RUNS = [(method, net, optimizer) for method in MOVING for net in ("linear", "conv") for optimizer in ("sgd", "adamw")]
+# What an optimizer does to an entry does not depend on why the entry moved: AdamW beside one method of each growth.
+RUNS = [(method, net, "sgd") for method in MOVING for net in ("linear", "conv")]
+RUNS += [(method, net, "adamw") for method in ("rigl", "set", "snfs") for net in ("linear", "conv")]
 RUNS += [(method, net, "adamw") for method in ("rigl", "snfs") for net in ("gru", "lstm", "attention")]
 RUNS += [(method, net, "sgd") for method in ("dsr", "mest-soft", "deep_r", "gse") for net in ("linear", "conv")]
 RUNS += [(method, "conv", "sgd") for method in ("dense", "static", "static-er", "snip", "gmp", "gmp-global")]

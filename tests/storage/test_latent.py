@@ -17,6 +17,7 @@ import regrow
 from regrow import Sparsifier, methods, sparsify
 from regrow.core.method import Latent, Method, Need
 from regrow.parts.starts import dense
+from support.loops import same
 from support.pairs import batch, loss_of, model_of
 from support.table import METHODS, OPTIMIZERS
 
@@ -76,10 +77,6 @@ class Case:
             for j, parameter in enumerate(group["params"]):
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     yield f"{i}:{j}:{key}", torch.as_tensor(value).clone()
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:

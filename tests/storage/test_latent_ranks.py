@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import regrow
 from regrow import sparsify
 from support.pairs import batch, loss_of, model_of
+from support.ranks import as_rank, two_ranks
 from support.table import METHODS, OPTIMIZERS
 
 CASES = ["dnw", "top_kast", "str", "movement", "l0", "variational_dropout"]
@@ -39,31 +35,9 @@ def history(method: str, rank: int | None) -> list[dict[str, Tensor]]:
     return log
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    file = f"file://{folder / 'meet'}"
-    torch.distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
-    torch.save({case: history(case, rank) for case in CASES}, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(Path(regrow.__file__).parents[1]), str(Path(__file__).parents[1])])
-    options: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": path}, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], **options) for rank in range(2)]
-    try:
-        for run in runs:
-            _, errors = run.communicate(timeout=120)
-            assert run.returncode == 0, errors
-    finally:
-        for run in runs:
-            run.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,6 +51,4 @@ def test_both_ranks_do_what_one_process_does(case: str, ranks: list[dict[str, An
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
-    # Gloo's threads may outlive the group on a busy machine, and abort an ordinary exit; all results are on disk.
-    os._exit(0)
+    as_rank(lambda rank: {case: history(case, rank) for case in CASES})

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import regrow
 from regrow import methods, sparsify
-from regrow.core.method import Method
+from regrow.core.method import Method, Need, Rule, Start
+from regrow.core.topology import Topology
+from regrow.core.weight import Weights
+from regrow.parts.drops import lowest
+from regrow.parts.growth import gradient, highest
 from regrow.parts.schedules import constant
+from regrow.parts.scores import magnitude
+from regrow.parts.updates import chain, drop_and_grow, every
+from support.loops import same
 from support.pairs import batch, loss_of, model_of, tensors
+from support.ranks import as_rank, two_ranks
 from support.table import METHODS, OPTIMIZERS
 
 STEPS = 6
@@ -133,36 +137,43 @@ def late() -> str:
     return ""
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    file = f"file://{folder / 'meet'}"
-    torch.distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
+INPUTS = [0.0, 0, 1, 2, 3, 4], [0.0, 0, -3, 6, 1, 8]
+"""Of each rank, zero where the weight is active."""
+
+
+def unheard(rank: int, storage: Any) -> dict[str, Tensor]:
+    """What a method reads where no active entry has a gradient, and the second moments after growth by it.
+
+    Elsewhere compressed storage takes the scale from the active entries' own gradient, which DDP has reduced.
+    """
+    model = nn.Linear(6, 3, bias=False).double()
+    opt = torch.optim.Adam(model.parameters(), lr=0.01)
+    found: dict[str, Tensor] = {}
+
+    def note(weights: Weights, step: int) -> None:
+        found["in blocks"] = torch.cat([block for _, block in weights[0].grad_blocks()])
+        found["at positions"] = weights[0].grads_at(torch.arange(18))
+
+    start = Start(lambda weights, probe: weights[0].rewire(Topology((3, 6), torch.tensor([0, 1, 6, 7, 12, 13]))))
+    update = chain((Rule(note),), drop_and_grow(constant(0.5), lowest(magnitude), highest(gradient)))
+    sparsify(model, opt, Method("m", start, every(2, update, until=3), needs=Need.GRADIENT), storage=storage)
+    net = DistributedDataParallel(model)
+    for x in ([1.0, 1, 0, 0, 0, 0], INPUTS[rank]):
+        opt.zero_grad()
+        (net(torch.tensor([x]).double()) * torch.tensor([1, 2, 3])).sum().backward()
+        opt.step()
+    return {**found, "second moments": tensors(model, opt)["weight:exp_avg_sq"]}
+
+
+def both(rank: int) -> dict[str, Any]:
     logs: dict[str, Any] = {f"{s} {case}": history(case, s, rank) for case in CASES for s in ("masked", "compressed")}
-    torch.save({**logs, "broadcast": broadcast_bytes(), "late": late()}, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    logs |= {f"{storage} unheard": unheard(rank, storage) for storage in ("masked", "compressed")}
+    return {**logs, "broadcast": broadcast_bytes(), "late": late()}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(Path(regrow.__file__).parents[1]), str(Path(__file__).parents[1])])
-    options: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": path}, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], **options) for rank in range(2)]
-    try:
-        for run in runs:
-            _, errors = run.communicate(timeout=120)
-            assert run.returncode == 0, errors
-    finally:
-        for run in runs:
-            run.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+    return two_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -185,6 +196,19 @@ def test_two_ranks_do_what_one_process_does(case: str, ranks: list[dict[str, Any
         assert same(ours, alone)
 
 
+@pytest.mark.parametrize("storage", ["masked", "compressed"])
+def test_growth_reads_the_mean_over_ranks(storage: str, ranks: list[dict[str, Any]]):
+    """Property 43: the mean, not the sum, also where no active entry shows the scale; newcomers start with it."""
+    mean = np.outer([1, 2, 3], np.mean(INPUTS, axis=0)).ravel()
+    for found in (rank[f"{storage} unheard"] for rank in ranks):
+        np.testing.assert_allclose(found["in blocks"], mean, rtol=1e-12)
+        np.testing.assert_allclose(found["at positions"], mean, rtol=1e-12)
+        newcomers = np.argsort(-abs(mean), kind="stable")[:3]
+        assert sorted(mean[newcomers]) == [12, 12, 18]
+        # After one step, Adam's average of a constant square g^2 is (1 - 0.999) g^2.
+        np.testing.assert_allclose(found["second moments"][newcomers], 1e-3 * mean[newcomers] ** 2, rtol=1e-9)
+
+
 def test_topologies_are_not_broadcast(ranks: list[dict[str, Any]]):
     """Running statistics of batch norm are: two of 6 numbers in float64, and a count."""
     assert ranks[0]["broadcast"] == [2 * 6 * 8 + 8] * 3
@@ -197,6 +221,4 @@ def test_a_model_that_is_wrapped_first_is_refused(ranks: list[dict[str, Any]]):
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
-    # Gloo's threads may outlive the group on a busy machine, and abort an ordinary exit; all results are on disk.
-    os._exit(0)
+    as_rank(both)

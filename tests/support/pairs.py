@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from regrow import Sparsifier, sparsify
 from regrow.core.method import Method
+from support.loops import loss_of
 from support.table import OPTIMIZERS
 
 CLASSES = 5
@@ -94,10 +94,6 @@ def batch(net: str, step: int, dtype: torch.dtype = torch.float64, size: int = 1
     x = torch.randn(size, *NETS[net][1], generator=draw, dtype=torch.float64)
     teacher = torch.randn(x[0].numel(), CLASSES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return x.to(dtype), (x.flatten(1) @ teacher).argmax(1)
-
-
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 class Run:

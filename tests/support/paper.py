@@ -1,8 +1,13 @@
-"""Whole runs in NumPy, written from the papers, and what compares the library with them."""
+"""Whole runs in NumPy, written from the papers, and the same runs by the library.
+
+A method's test says what its paper fixes (`PAPERS`), small options (`SHORT`) and the cases of every option (`CASES`).
+It writes `paper(name, options, kind, seed) -> History`, usually from a `start`, an update of (program, gradients) and
+their `history`. Options are words and numbers: here they mean NumPy, and `library` makes the recipe of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,98 +21,52 @@ from regrow.core.draws import Stream
 from regrow.core.method import Method
 from regrow.methods import RECIPES
 from regrow.parts import allocation, drops, growth, redistribution, schedules, scores
+from support.loops import loss_of
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 Batch = tuple[Tensor, Tensor]
+Options = dict[str, Any]
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-2
 STEPS = 16
 
-LIBRARY: dict[str, dict[Any, Any]] = {
-    "anneal": {name: getattr(schedules, name) for name in ("constant", "linear", "cosine", "inverse_power")},
-    "allocate": {name: getattr(allocation, name) for name in ("uniform", "er", "erk", "globally")},
-    "drop": {"lowest": drops.lowest(scores.magnitude), "per_sign": drops.lowest_per_sign},
-    "grow": {"random": growth.at_random, "gradient": growth.by_gradient, "momentum": growth.by_momentum},
-    "redistribute": {
-        "momentum": redistribution.mean_momentum,
-        "magnitude": redistribution.mean_magnitude,
-        "nonzeros": redistribution.nonzeros,
-        None: None,
-    },
+# Words, in NumPy
+
+
+COSINE = lambda p: (1 + np.cos(np.pi * p)) / 2  # noqa: E731
+FRACTIONS: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda f, p: f,
+    "linear": lambda f, p: f * (1 - p),
+    "cosine": lambda f, p: f * COSINE(p),
+    "inverse_power": lambda f, p: f * (1 - p) ** 3,
+    "cosine_to_0.005": lambda f, p: 0.005 + (f - 0.005) * COSINE(p),
+}
+"""(fraction at first, progress in [0, 1]) -> fraction."""
+SHARES: dict[str, Callable[[tuple[int, ...]], float]] = {
+    "uniform": lambda s: float(np.prod(s)),
+    "er": lambda s: (s[0] + s[1]) / (s[0] * s[1]) * float(np.prod(s)),
+    "erk": lambda s: float(sum(s)),
 }
 
-ANNEAL: dict[str, Callable[[float], float]] = {
-    "constant": lambda p: 1.0,
-    "linear": lambda p: 1 - p,
-    "cosine": lambda p: (1 + np.cos(np.pi * p)) / 2,
-    "inverse_power": lambda p: (1 - p) ** 3,
-}
+
+def floor(x: float) -> int:
+    return int(np.floor(x + 1e-9))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a paper fixes, under the names of the library's options."""
-
-    method: str
-    density: float | None = 0.3
-    until: int = 0
-    begin: int | None = None
-    interval: int = 100
-    fraction: float = 0.3
-    anneal: str = "constant"
-    decay: float = 0.9
-    redistribute: str | None = None
-    grow: str = ""
-    allocate: Any = "uniform"
-    drop: str = "lowest"
-    regrow_dropped: str = "keep"
-    timing: str = "after"
-
-    def due(self, step: int) -> bool:
-        first = self.begin or self.interval
-        regular = first <= step < self.until and (step - first) % self.interval == 0
-        return regular or (self.method == "gmp" and step == self.until)
-
-    def progress(self, step: int) -> float:
-        begin = self.begin or 0
-        return float(np.clip((step - begin) / (self.until - begin), 0, 1))
+def progress(o: Options, step: int) -> float:
+    begin = o["begin"] or 0
+    return float(np.clip((step - begin) / (o["until"] - begin), 0, 1))
 
 
-PAPERS = {
-    "dense": Recipe("dense", density=1.0),
-    "static": Recipe("static", allocate="erk"),
-    "set": Recipe("set", allocate="er"),
-    "snfs": Recipe("snfs", fraction=0.5, anneal="cosine", redistribute="momentum"),
-    "snip": Recipe("snip", allocate="globally"),
-    "gmp": Recipe("gmp"),
-    "rigl": Recipe("rigl", anneal="cosine", allocate="erk", timing="instead"),
-    "dst": Recipe("dst", anneal="cosine", allocate="erk", grow="gradient"),
-}
-
-SHORT: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "static": {"density": 0.3},
-    "set": {"density": 0.3, "until": 13, "interval": 3},
-    "snfs": {"density": 0.3, "until": 13, "interval": 3},
-    "snip": {"density": 0.3},
-    "gmp": {"density": 0.3, "until": 13, "interval": 3},
-    "rigl": {"density": 0.3, "until": 13, "interval": 3},
-    "dst": {"density": 0.3, "until": 13, "interval": 3},
-}
-
-GROWS = {"set": "random", "snfs": "momentum", "rigl": "gradient"}
-"""How methods grow that do not say so."""
+def annealed(o: Options, step: int) -> float:
+    return FRACTIONS[o["anneal"]](o["fraction"], progress(o, step))
 
 
-def library_method(name: str, options: dict[str, Any]) -> Method:
-    given = {}
-    for key, value in options.items():
-        if isinstance(value, dict):
-            given[key] = allocation.explicit(value)
-        else:
-            given[key] = LIBRARY[key][value] if key in LIBRARY else value
-    return RECIPES[name](**given)
+def regular(o: Options, step: int) -> bool:
+    """Updates come at begin, which is the interval unless given, begin + interval, ... below until."""
+    first = o["begin"] or o["interval"]
+    return bool(first <= step < o["until"] and (step - first) % o["interval"] == 0)
 
 
 def top(score: Array, count: int, among: Array) -> Array:
@@ -136,46 +95,32 @@ def share_out(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
     return counts.tolist()
 
 
+# Programs
+
+
 @dataclass
 class Program:
-    """A sparse training run in NumPy: SGD with momentum and weight decay, and a recipe's updates."""
+    """A model's parameters as flat arrays, by name: values, momentum and masks, which a paper's run changes."""
 
-    recipe: Recipe
     model: nn.Module
     seed: int
-    w: Arrays = field(default_factory=dict)
-    v: Arrays = field(default_factory=dict)
-    mask: Arrays = field(default_factory=dict)
-    ema: Arrays = field(default_factory=dict)
+    keep: str = "keep"
+    """What becomes of a dropped entry that grows again at once."""
     step: int = 0
+    mask: Arrays = field(init=False)
 
     def __post_init__(self) -> None:
         self.shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         self.w = {n: p.detach().numpy().ravel().copy() for n, p in self.model.named_parameters()}
         self.v = {n: np.zeros_like(w) for n, w in self.w.items()}
         self.sparse = [n for n, shape in self.shapes.items() if len(shape) > 1]
-        self.ema = {n: np.zeros_like(self.w[n]) for n in self.sparse}
         self.mask = {n: np.ones(self.w[n].size, bool) for n in self.sparse}
-        if self.recipe.method in ("static", "set", "snfs", "rigl", "dst"):
-            for n, count in zip(self.sparse, self.counts(self.recipe.density, self.sizes()), strict=True):
-                self.mask[n][:] = False
-                self.mask[n][Stream(self.seed, n, 0).subset(self.w[n].size, count)] = True
-                self.w[n] *= self.mask[n]
 
     def sizes(self) -> list[int]:
         return [self.w[n].size for n in self.sparse]
 
-    def counts(self, density: float | None, capacity: list[int]) -> list[int]:
-        if isinstance(self.recipe.allocate, dict):
-            return [int(self.recipe.allocate[n] * self.w[n].size + 0.5) for n in self.sparse]
-        assert density is not None
-        shares = {
-            "uniform": np.prod,
-            "er": lambda s: (s[0] + s[1]) / (s[0] * s[1]) * np.prod(s),
-            "erk": sum,
-        }[self.recipe.allocate]
-        total = min(int(np.floor(density * sum(self.sizes()) + 0.5)), sum(capacity))
-        return share_out([float(shares(self.shapes[n])) for n in self.sparse], total, capacity)
+    def active(self, n: str) -> Array:
+        return np.flatnonzero(self.mask[n])
 
     def gradients(self, batch: Batch) -> Arrays:
         """Of the loss alone with respect to the effective weights, at every position."""
@@ -183,92 +128,237 @@ class Program:
         value = nn.functional.cross_entropy(torch.func.functional_call(self.model, p, (batch[0],)), batch[1])
         return {n: g.numpy().ravel() for n, g in zip(p, torch.autograd.grad(value, list(p.values())), strict=True)}
 
-    def train(self, batch: Batch) -> None:
-        self.step += 1
-        g = self.gradients(batch)
-        if self.recipe.method == "snip" and self.step == 1:
-            self.prune({n: np.abs(self.w[n] * g[n]) for n in self.sparse}, self.recipe.density)
-            return
-        for n in self.sparse:
-            self.ema[n] = self.recipe.decay * self.ema[n] + (1 - self.recipe.decay) * g[n]
-        due = self.recipe.due(self.step)
-        if not (due and self.recipe.timing == "instead"):
-            for n in self.w:
-                seen = g[n] * self.mask[n] if n in self.mask else g[n]
-                self.v[n] = MOMENTUM * self.v[n] + seen + WEIGHT_DECAY * self.w[n]
-                self.w[n] = self.w[n] - LR * self.v[n]
-        if due and self.recipe.method == "gmp":
-            final = self.recipe.density
-            assert final is not None
-            density = final + (1 - final) * (1 - self.recipe.progress(self.step)) ** 3
-            self.prune({n: np.abs(self.w[n]) for n in self.sparse}, density)
-        elif due:
-            self.drop_and_grow(g)
-
-    def prune(self, score: Arrays, density: float | None) -> None:
-        active = {n: np.flatnonzero(self.mask[n]) for n in self.sparse}
-        if self.recipe.allocate == "globally":
-            assert density is not None
-            pooled = np.concatenate([score[n][active[n]] for n in self.sparse])
-            owner = np.repeat(self.sparse, [active[n].size for n in self.sparse])
-            total = min(int(np.floor(density * sum(self.sizes()) + 0.5)), pooled.size)
-            best = owner[np.argsort(-pooled, kind="stable")[:total]]
-            counts = [int((best == n).sum()) for n in self.sparse]
-        else:
-            counts = self.counts(density, [active[n].size for n in self.sparse])
-        for n, count in zip(self.sparse, counts, strict=True):
-            kept = np.zeros_like(self.mask[n])
-            kept[top(score[n], count, active[n])] = True
-            self.change(n, kept, np.zeros_like(kept))
-
-    def drop_and_grow(self, g: Arrays) -> None:
-        r = self.recipe
-        fraction = r.fraction * ANNEAL[r.anneal](r.progress(self.step))
-        statistic = {
-            "momentum": lambda n: np.abs(self.ema[n][self.mask[n]]).mean(),
-            "magnitude": lambda n: np.abs(self.w[n][self.mask[n]]).mean(),
-            "nonzeros": lambda n: np.count_nonzero(self.w[n][self.mask[n]]),
-        }
-        kept, candidates, lost = {}, {}, []
-        for n in self.sparse:
-            kept[n] = self.kept(n, fraction)
-            candidates[n] = np.flatnonzero(~(self.mask[n] if r.regrow_dropped == "forbid" else kept[n]))
-            lost.append(int(self.mask[n].sum() - kept[n].sum()))
-        counts = lost
-        if r.redistribute is not None:
-            shares = [float(statistic[r.redistribute](n)) for n in self.sparse]
-            counts = share_out(shares, sum(lost), [candidates[n].size for n in self.sparse])
-        for n, count in zip(self.sparse, counts, strict=True):
-            grow = r.grow or GROWS[r.method]
-            if grow == "random":
-                chosen = candidates[n][Stream(self.seed, n, self.step).subset(candidates[n].size, count)]
-            else:
-                chosen = top(np.abs(g[n] if grow == "gradient" else self.ema[n]), count, candidates[n])
-            grown = np.zeros_like(kept[n])
-            grown[chosen] = True
-            self.change(n, kept[n], grown)
-
-    def kept(self, n: str, fraction: float) -> Array:
-        active = np.flatnonzero(self.mask[n])
-        if self.recipe.drop == "lowest":
-            k = int(np.floor(fraction * active.size + 1e-9))
-            if self.recipe.regrow_dropped == "forbid":
-                k = min(k, self.mask[n].size - active.size)
-            chosen = [top(np.abs(self.w[n]), active.size - k, active)]
-        else:
-            chosen = []
-            for of_sign in (active[self.w[n][active] > 0], active[self.w[n][active] < 0]):
-                k = int(np.ceil(fraction * of_sign.size - 1e-9))
-                chosen.append(top(np.abs(self.w[n]), of_sign.size - k, of_sign))
-        kept = np.zeros_like(self.mask[n])
-        kept[np.concatenate(chosen)] = True
-        return kept
+    def descend(self, g: Arrays) -> None:
+        """A step of SGD with momentum and weight decay, of active entries."""
+        for n in self.w:
+            seen = g[n] * self.mask[n] if n in self.mask else g[n]
+            self.v[n] = MOMENTUM * self.v[n] + seen + WEIGHT_DECAY * self.w[n]
+            self.w[n] = self.w[n] - LR * self.v[n]
 
     def change(self, n: str, kept: Array, grown: Array) -> None:
-        survives = kept if self.recipe.regrow_dropped == "reset" else self.mask[n]
+        """Survivors keep value and momentum, and newcomers start at zero."""
+        survives = kept if self.keep == "reset" else self.mask[n]
         self.mask[n] = kept | grown
         self.w[n] = self.w[n] * (survives & self.mask[n])
         self.v[n] = self.v[n] * (survives & self.mask[n])
+
+
+def stream(run: Program, n: str) -> Stream:
+    return Stream(run.seed, n, run.step)
+
+
+def only(run: Program, n: str, positions: Array) -> Array:
+    """A mask of one weight."""
+    return np.isin(np.arange(run.w[n].size), positions)
+
+
+def start(kind: str, seed: int, counts: Callable[[Program], list[int]] | None = None, keep: str = "keep") -> Program:
+    """A network with random topologies of these counts, or a dense one."""
+    run = Program(network(kind, seed), seed, keep)
+    for n, count in zip(run.sparse, counts(run), strict=True) if counts else ():
+        run.mask[n] = only(run, n, stream(run, n).subset(run.w[n].size, count))
+        run.w[n] = run.w[n] * run.mask[n]
+    return run
+
+
+# Counts
+
+
+def total_of(run: Program, density: float) -> int:
+    return int(np.floor(density * sum(run.sizes()) + 0.5))
+
+
+def counts_of(run: Program, o: Options) -> list[int]:
+    """Entries of each weight, by densities of its own or by a rule."""
+    if isinstance(o["allocate"], dict):
+        return [int(o["allocate"][n] * run.w[n].size + 0.5) for n in run.sparse]
+    return shared(run, o["allocate"], total_of(run, o["density"]), run.sparse)
+
+
+def shared(run: Program, allocate: str, total: int, names: Sequence[str], score: Arrays | None = None) -> list[int]:
+    """Entries of `names`, which hold what is active there now, from shapes or from a ranking of all scores.
+
+    The score is the magnitude unless given.
+    """
+    active = {n: run.active(n) for n in names}
+    if allocate != "globally":
+        capacity = [active[n].size for n in names]
+        return share_out([SHARES[allocate](run.shapes[n]) for n in names], min(total, sum(capacity)), capacity)
+    pooled = np.concatenate([np.abs(run.w[n][active[n]]) if score is None else score[n][active[n]] for n in names])
+    owner = np.repeat(names, [active[n].size for n in names])
+    best = owner[np.argsort(-pooled, kind="stable")[:total]]
+    return [int((best == n).sum()) for n in names]
+
+
+def with_last(run: Program, allocate: str, total: int, last: str | None, density: float | None) -> list[int]:
+    """As `shared`, but the last layer is held at a density where it would fall below."""
+    counts = dict(zip(run.sparse, shared(run, allocate, total, run.sparse), strict=True))
+    name = next((n for n in run.sparse if last in (n, n.removesuffix(".weight"))), run.sparse[-1])
+    if density is not None:
+        least = min(int(density * run.w[name].size + 0.5), int(run.mask[name].sum()))
+        if counts[name] < least:
+            others = [n for n in run.sparse if n != name]
+            counts = {name: least, **dict(zip(others, shared(run, allocate, total - least, others), strict=True))}
+    return [counts[n] for n in run.sparse]
+
+
+# Updates
+
+
+def keep_largest(run: Program, counts: Sequence[int], score: Arrays | None = None) -> None:
+    """Keep these counts of the active entries, by magnitude unless a score is given."""
+    for n, count in zip(run.sparse, counts, strict=True):
+        ranked = np.abs(run.w[n]) if score is None else score[n]
+        kept = only(run, n, top(ranked, count, run.active(n)))
+        run.change(n, kept, np.zeros_like(kept))
+
+
+Pick = Callable[[str, Array, int], Array]
+"""(weight, candidates, count) -> the candidates that grow."""
+
+
+def at_random(run: Program) -> Pick:
+    return lambda n, candidates, count: candidates[stream(run, n).subset(candidates.size, count)]
+
+
+def without_smallest(run: Program, n: str, fraction: float, policy: str) -> Array:
+    """All but floor(fraction n) of least magnitude; where regrowth is forbidden, no more than can grow elsewhere."""
+    active = run.active(n)
+    count = floor(fraction * active.size)
+    if policy == "forbid":
+        count = min(count, run.mask[n].size - active.size)
+    return only(run, n, top(np.abs(run.w[n]), active.size - count, active))
+
+
+def free(run: Program, n: str, kept: Array, policy: str) -> Array:
+    """Where entries may grow: outside what is kept, or outside what was active where regrowth is forbidden."""
+    return np.flatnonzero(~(run.mask[n] if policy == "forbid" else kept))
+
+
+def place(run: Program, kept: Arrays, policy: str, counts: Sequence[int], pick: Pick) -> None:
+    """Grow so many in each weight."""
+    for n, count in zip(run.sparse, counts, strict=True):
+        run.change(n, kept[n], only(run, n, pick(n, free(run, n, kept[n], policy), count)))
+
+
+def losses(run: Program, kept: Arrays) -> list[int]:
+    return [int(run.mask[n].sum() - kept[n].sum()) for n in run.sparse]
+
+
+def exchange(run: Program, fraction: float, policy: str, pick: Pick) -> None:
+    """In each weight, the smallest magnitudes go and as many others grow."""
+    kept = {n: without_smallest(run, n, fraction, policy) for n in run.sparse}
+    place(run, kept, policy, losses(run, kept), pick)
+
+
+# What a run was
+
+
+@dataclass
+class History:
+    """Masks at the start and after every step, then what was trained, by kind and name."""
+
+    masks: list[Arrays]
+    trained: Mapping[str, Arrays]
+
+    def first_difference(self, other: History) -> int | None:
+        """The step after which the topologies are no longer the same."""
+        pairs = enumerate(zip(self.masks, other.masks, strict=True))
+        return next((t for t, (a, b) in pairs if any((a[n] != b[n]).any() for n in a)), None)
+
+
+Train = Callable[[Program, Arrays], None]
+
+
+def history(
+    run: Program, kind: str, due: Callable[[int], bool], update: Train, timing: str, observe: Train | None = None
+) -> History:
+    """Train with `update(run, gradients)` at the steps that are due, instead of or after the optimizer's step."""
+    kept = [dict(run.mask)]
+    for batch in batches(kind, run.seed):
+        run.step += 1
+        g = run.gradients(batch)
+        if observe is not None:
+            observe(run, g)
+        if not (due(run.step) and timing == "instead"):
+            run.descend(g)
+        if due(run.step):
+            update(run, g)
+        kept.append(dict(run.mask))
+    return History(kept, {"value": run.w, "momentum": run.v})
+
+
+FEW = 5
+
+
+def differences(found: History, wanted: History, rtol: float, atol: float) -> Iterator[str]:
+    """What the first wrong step has wrong in each weight, or what was trained to something else."""
+    step = found.first_difference(wanted)
+    if step is not None:
+        for n, theirs in wanted.masks[step].items():
+            ours = found.masks[step][n]
+            more, fewer = np.flatnonzero(ours & ~theirs), np.flatnonzero(theirs & ~ours)
+            if more.size or fewer.size:
+                yield (
+                    f"{n} after step {step}: {more.size + fewer.size} of {ours.size} entries differ; active are "
+                    f"{more[:FEW].tolist()}, wanted were {fewer[:FEW].tolist()}"
+                )
+        return
+    for kind, arrays in wanted.trained.items():
+        for n, array in arrays.items():
+            ours = found.trained[kind][n]
+            # What is exactly zero in the paper is so here, or it would be active.
+            wrong = np.flatnonzero(~np.isclose(ours, array, rtol=rtol, atol=atol) | (array == 0) & (ours != 0))
+            if wrong.size:
+                at = wrong[:FEW]
+                yield (
+                    f"{kind} of {n}: {wrong.size} of {array.size} entries differ; at {at.tolist()} are "
+                    f"{ours[at].tolist()}, wanted were {array[at].tolist()}"
+                )
+
+
+def assert_same(found: History, wanted: History, rtol: float = 1e-9, atol: float = 1e-12) -> None:
+    """Topologies are equal at every step, and what was trained is equal up to rounding."""
+    assert {kind: set(of) for kind, of in found.trained.items()} == {k: set(of) for k, of in wanted.trained.items()}
+    told = "\n".join(differences(found, wanted, rtol, atol))
+    assert not told, told
+
+
+# The same by the library
+
+
+ALLOCATIONS = {name: getattr(allocation, name) for name in ("uniform", "er", "erk", "globally")}
+WORDS: dict[str, Mapping[str, Any]] = {
+    "anneal": {name: getattr(schedules, name) for name in ("constant", "linear", "cosine", "inverse_power")}
+    | {"cosine_to_0.005": schedules.cosine_to(0.005)},
+    "allocate": ALLOCATIONS,
+    "init_allocate": ALLOCATIONS,
+    "drop": {"lowest": drops.lowest(scores.magnitude), "per_sign": drops.lowest_per_sign},
+    "grow": {
+        "random": growth.at_random,
+        "gradient": growth.by_gradient,
+        "momentum": growth.by_momentum,
+        "unexplored_first": growth.unexplored_first,
+        "mixed": growth.mixed(growth.by_gradient, growth.unexplored_first, 0.4),
+        "per_neuron": growth.highest_per_neuron(growth.gradient),
+    },
+    "redistribute": {
+        "momentum": redistribution.mean_momentum,
+        "magnitude": redistribution.mean_magnitude,
+        "nonzeros": redistribution.nonzeros,
+    },
+}
+
+
+def meant(option: str, value: Any) -> Any:
+    """A word as the library's value, and densities by name as an explicit allocation."""
+    if isinstance(value, dict):
+        return allocation.explicit(value)
+    return WORDS[option][value] if option in WORDS and isinstance(value, str) else value
+
+
+def library(name: str, options: Options) -> Method:
+    return RECIPES[name](**{option: meant(option, value) for option, value in options.items()})
 
 
 def network(kind: str, seed: int) -> nn.Module:
@@ -276,13 +366,14 @@ def network(kind: str, seed: int) -> nn.Module:
     layers: dict[str, list[nn.Module]] = {
         "mlp": [nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4)],
         "conv": [nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 4)],
+        "fours": [nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)],
     }
     return nn.Sequential(*layers[kind]).double()
 
 
 def batches(kind: str, seed: int, steps: int = STEPS) -> list[Batch]:
     torch.manual_seed(1000 + seed)
-    shape = {"mlp": (8,), "conv": (2, 5, 5)}[kind]
+    shape = {"mlp": (8,), "conv": (2, 5, 5), "fours": (8,)}[kind]
     return [(torch.randn(6, *shape).double(), torch.randint(0, 4, (6,))) for _ in range(steps)]
 
 
@@ -292,55 +383,23 @@ def sgd(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> torch.optim.SGD
 
 def backward(model: nn.Module, batch: Batch, scale: float = 1.0) -> None:
     model.zero_grad()
-    (scale * nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+    (scale * loss_of(model, batch)).backward()
 
 
 def masks(sparsifier: regrow.Sparsifier) -> Arrays:
     return {n: t.mask.numpy().ravel() for n, t in sparsifier.topologies.items()}
 
 
-@dataclass
-class History:
-    """Masks at the start and after every step, then the last values and momentum."""
-
-    masks: list[Arrays]
-    w: Arrays
-    v: Arrays
-
-    def first_difference(self, other: History) -> int | None:
-        """The step after which the topologies are no longer the same."""
-        pairs = enumerate(zip(self.masks, other.masks, strict=True))
-        return next((t for t, (a, b) in pairs if any((a[n] != b[n]).any() for n in a)), None)
-
-
-def expected(recipe: Recipe, kind: str = "mlp", seed: int = 0) -> History:
-    program = Program(recipe, network(kind, seed), seed)
-    history = [dict(program.mask)]
-    for batch in batches(kind, seed):
-        program.train(batch)
-        history.append(dict(program.mask))
-    return History(history, program.w, program.v)
-
-
-def actual(method: Method, kind: str = "mlp", seed: int = 0) -> History:
+def actual(method: Method, kind: str = "mlp", seed: int = 0, **options: Any) -> History:
+    """A run by the library; `options` are those of `sparsify`."""
     model = network(kind, seed)
     optimizer = sgd(model)
-    sparsifier = regrow.sparsify(model, optimizer, method, seed=seed)
-    history = [masks(sparsifier)]
+    sparsifier = regrow.sparsify(model, optimizer, method, seed=seed, **options)
+    kept = [masks(sparsifier)]
     for batch in batches(kind, seed):
         backward(model, batch)
         optimizer.step()
-        history.append(masks(sparsifier))
+        kept.append(masks(sparsifier))
     w = {n: p.detach().numpy().ravel() for n, p in model.named_parameters()}
     v = {n: optimizer.state[p]["momentum_buffer"].numpy().ravel() for n, p in model.named_parameters()}
-    return History(history, w, v)
-
-
-def assert_same(found: History, wanted: History) -> None:
-    assert found.first_difference(wanted) is None
-    for n in wanted.w:
-        np.testing.assert_allclose(found.w[n], wanted.w[n], rtol=1e-9, atol=1e-12, err_msg=n)
-        np.testing.assert_allclose(found.v[n], wanted.v[n], rtol=1e-9, atol=1e-12, err_msg=n)
-        if n in wanted.masks[-1]:
-            assert not found.w[n][~wanted.masks[-1][n]].any()
-            assert not found.v[n][~wanted.masks[-1][n]].any()
+    return History(kept, {"value": w, "momentum": v})
