@@ -120,7 +120,7 @@ def test_constructors_take_what_torch_takes(cls: type[SparseModule]) -> None:
 
 def test_values_are_drawn_as_torch_draws_them() -> None:
     """Torch counts the entries behind the first axis, outputs here, as the fan-in."""
-    layer = SparseConvTranspose2d(60, 50, 3, groups=5, density=0.5, seed=0)
+    layer = SparseConvTranspose2d(200, 50, 3, groups=5, density=0.5, seed=0)
     bound = 1 / 90**0.5
     for parameter in layer.parameters():
         assert 0.9 * bound < parameter.abs().max() <= bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def test_children_that_are_read_are_timed_on_the_output() -> None:
     assert layer.inner not in calls(layer, torch.zeros(3, 4), [layer.inner])
     register(Kind(Reading, weights=lambda module: {}, reads=("inner",)))
     assert calls(layer, torch.zeros(3, 4), [layer.inner])[layer.inner].args[0].shape == (3, 4)
+
+
+def test_a_recurrent_layer_lets_go_of_its_weights_and_takes_them_up_again() -> None:
+    """Torch keeps weak references to them, and memory of which there are some cannot be exchanged."""
+    layer = nn.GRU(3, 2)
+    kinds.release(layer)
+    assert not weakref.getweakrefs(layer.weight_hh_l0)
+    kinds.restore(layer)
+    assert [reference() for reference in layer._flat_weight_refs] == layer._flat_weights
+    assert len(layer._flat_weights) == 4
+    kinds.release(nn.ReLU())
+    kinds.restore(nn.ReLU())
 
 
 def test_a_subclass_is_of_the_kind_of_its_nearest_base() -> None:

@@ -183,10 +183,11 @@ def flops(
 ) -> Flops:
     """FLOPs per sample of one forward pass, dense and at the given densities.
 
-    A weight costs `2 * density * numel * uses + outputs`. Counted are Linear, Conv1d/2d/3d and their
-    transposes (any groups), RNN, GRU, LSTM and their cells, MultiheadAttention's projections, transformers'
-    `Conv1D`, and the sparse modules that stand for any of these. Norms, pooling, embeddings, softmax, the
-    products of attention, residual sums and the loss are not. A module called several times counts as often.
+    A weight costs `2 * density * numel * uses + outputs`. Counted are Linear, Bilinear, Conv1d/2d/3d
+    and their transposes (any groups), RNN, GRU, LSTM and their cells, MultiheadAttention's projections,
+    transformers' `Conv1D`, types with a row by `regrow.nn.register`, and the sparse modules that stand for any of
+    these. Norms, pooling, embeddings, softmax, the products of attention, those of a bilinear layer's two inputs,
+    residual sums and the loss are not. A module called several times counts as often.
     Like any convolution's, the border's products with padding are counted; a transposed convolution counts
     one product per entry and input position, cropped or not.
 
