@@ -1,7 +1,7 @@
 """What is known of each module type: one row, and the sparse class that the row names.
 
-What to sparsify, what to count as FLOPs, what becomes sparse in compressed storage: all of it is read here. A type of
-your own gets its row by `register`.
+Discovery reads here what to sparsify, FLOPs what to count, compressed storage what a module becomes. A type of your own
+gets its row by `register`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ def nothing(module: Any) -> None:
 
 
 class Kind(NamedTuple):
-    """One module type. A module is of the kind of its nearest base that has a row."""
+    """One module type. A module is of the kind of its nearest base that has a row.
+
+    Examples:
+        >>> kind_of(nn.GRU).weights_of(nn.GRU(3, 2))
+        {'weight_ih_l0': 3, 'weight_hh_l0': 3}
+    """
 
     dense: type[nn.Module] | str
     """The class, or "package.Name" of one in a package that need not be installed."""
@@ -69,9 +74,9 @@ class Kind(NamedTuple):
     reads: tuple[str, ...] = ()
     """Children by whose weight it multiplies without calling them, on inputs shaped like its first output."""
     release: Callable[[Any], None] = nothing
-    """Drop the references to its parameters that it keeps beside them, which forbid to exchange their memory."""
+    """Drop what refers to its parameters beside the module itself: their memory cannot be exchanged before."""
     restore: Callable[[Any], None] = nothing
-    """Make these references anew."""
+    """Make anew what `release` dropped."""
 
     @property
     def name(self) -> str:
