@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -287,13 +286,14 @@ def test_growth_ranks_finite_differences(seed: int) -> None:
     """Property 26: brute-force top-k of a dense gradient that no autograd has touched."""
     program = sparse_start(seed)
     batch = batches("mlp", seed)[0]
-    model = copy.deepcopy(program.model)
 
     def loss_with(name: str, values: Array) -> float:
         everything = {
             n: torch.from_numpy(values if n == name else w).view(program.shapes[n]) for n, w in program.w.items()
         }
-        return float(nn.functional.cross_entropy(torch.func.functional_call(model, everything, (batch[0],)), batch[1]))
+        return float(
+            nn.functional.cross_entropy(torch.func.functional_call(program.model, everything, (batch[0],)), batch[1])
+        )
 
     found = one_update(seed)
     for n in program.sparse:

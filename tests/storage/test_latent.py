@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import regrow
-from regrow import Sparsifier, methods, sparsify
+from regrow import methods, sparsify
 from regrow.core.method import Latent, Method, Need
 from regrow.parts.starts import dense
 from support.loops import same
-from support.pairs import batch, loss_of, model_of
+from support.pairs import Run, batch, loss_of, model_of
 from support.table import METHODS, OPTIMIZERS
 
 LEARNED = [name for name, row in METHODS.items() if row.make().latent is not None]
@@ -27,8 +27,8 @@ TRAINING = ["str", "movement", "soft_movement", *NOISY]
 """Methods that train something beside the latent values."""
 
 
-class Case:
-    """A model, an optimizer and a sparsifier of a method of the table."""
+class Case(Run):
+    """A run in masked storage, of a method of the table or any other."""
 
     def __init__(
         self,
@@ -36,29 +36,11 @@ class Case:
         optimizer: str = "sgd",
         net: str = "linear",
         dtype: torch.dtype = torch.float64,
+        storage: Any = "masked",
         **options: Any,
     ) -> None:
-        self.net, self.dtype = net, dtype
-        self.model = model_of(net, dtype)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         recipe = METHODS[method]() if isinstance(method, str) else method
-        self.sparsifier: Sparsifier = sparsify(self.model, self.optimizer, recipe, **options)
-
-    def backward(self, step: int) -> Tensor:
-        loss = loss_of(self.model, batch(self.net, step, self.dtype))
-        loss.backward()
-        return loss.detach()
-
-    def step(self, step: int) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self.backward(step)
-        self.optimizer.step()
-        return loss
-
-    def go(self, first: int, last: int) -> Case:
-        for step in range(first, last + 1):
-            self.step(step)
-        return self
+        super().__init__(storage, recipe, net, optimizer, dtype, **options)
 
     @property
     def sparse(self) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ their `history`. Options are words and numbers: here they mean NumPy, and `libra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +111,8 @@ class Program:
     mask: Arrays = field(init=False)
 
     def __post_init__(self) -> None:
+        # The library may make the model sparse in place.
+        self.model = copy.deepcopy(self.model)
         self.shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         self.w = {n: p.detach().numpy().ravel().copy() for n, p in self.model.named_parameters()}
         self.v = {n: np.zeros_like(w) for n, w in self.w.items()}
@@ -128,12 +131,12 @@ class Program:
         value = nn.functional.cross_entropy(torch.func.functional_call(self.model, p, (batch[0],)), batch[1])
         return {n: g.numpy().ravel() for n, g in zip(p, torch.autograd.grad(value, list(p.values())), strict=True)}
 
-    def descend(self, g: Arrays) -> None:
+    def descend(self, g: Arrays, lr: float = LR) -> None:
         """A step of SGD with momentum and weight decay, of active entries."""
         for n in self.w:
             seen = g[n] * self.mask[n] if n in self.mask else g[n]
             self.v[n] = MOMENTUM * self.v[n] + seen + WEIGHT_DECAY * self.w[n]
-            self.w[n] = self.w[n] - LR * self.v[n]
+            self.w[n] = self.w[n] - lr * self.v[n]
 
     def change(self, n: str, kept: Array, grown: Array) -> None:
         """Survivors keep value and momentum, and newcomers start at zero."""

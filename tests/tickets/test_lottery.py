@@ -11,24 +11,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import regrow
 from regrow import methods
 from regrow.core.topology import Topology
-from regrow.parts.allocation import globally, uniform
+from regrow.parts.allocation import uniform
 from regrow.parts.scores import random
 from regrow.tickets import Snapshot, Ticket, lottery, reinitialized, rewind, round_densities, shuffled, winning
 from support.pairs import Run, positions, tensors
+from support.paper import LR, Arrays, Batch, Program, keep_largest, meant, sgd, shared, total_of
 from support.table import OPTIMIZERS, STORAGES
-
-Array = NDArray[Any]
-Arrays = dict[str, Array]
-Batch = tuple[Tensor, Tensor]
-
-LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-2
 
 
 def network(kind: str, seed: int) -> nn.Module:
@@ -47,56 +41,23 @@ def batch_of(kind: str, seed: int, step: int) -> Batch:
 
 
 @dataclass
-class Program:
-    """Iterative magnitude pruning in NumPy: SGD with momentum and weight decay, its rate halved every 3 steps."""
+class Winning(Program):
+    """Iterative magnitude pruning, with a learning rate that halves every 3 steps."""
 
-    model: nn.Module
-    w: Arrays = field(default_factory=dict)
-    v: Arrays = field(default_factory=dict)
-    mask: Arrays = field(default_factory=dict)
     log: list[tuple[Arrays, Arrays, Arrays]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
-        self.w = {n: p.detach().numpy().ravel().copy() for n, p in self.model.named_parameters()}
-        self.v = {n: np.zeros_like(w) for n, w in self.w.items()}
-        self.sparse = [n for n, shape in self.shapes.items() if len(shape) > 1]
-        self.mask = {n: np.ones(self.w[n].size, bool) for n in self.sparse}
 
     def train(self, batches: Callable[[int], Batch], first: int, last: int) -> None:
         for step in range(first, last + 1):
-            x, y = batches(step)
-            p = {n: torch.from_numpy(w).view(self.shapes[n]).clone().requires_grad_() for n, w in self.w.items()}
-            loss = nn.functional.cross_entropy(torch.func.functional_call(self.model, p, (x,)), y)
-            grads = torch.autograd.grad(loss, list(p.values()))
-            for n, g in zip(p, grads, strict=True):
-                seen = g.numpy().ravel() * self.mask.get(n, 1)
-                self.v[n] = MOMENTUM * self.v[n] + seen + WEIGHT_DECAY * self.w[n]
-                self.w[n] = self.w[n] - LR * 0.5 ** ((step - 1) // 3) * self.v[n]
+            self.descend(self.gradients(batches(step)), LR * 0.5 ** ((step - 1) // 3))
             self.log.append((dict(self.mask), dict(self.w), dict(self.v)))
 
-    def prune(self, density: float, layerwise: bool) -> None:
-        """Keep the largest magnitudes of what is left, over the whole model or in each layer alike."""
-        numel = {n: self.w[n].size for n in self.sparse}
-        if layerwise:
-            counts = {n: density * numel[n] for n in self.sparse}
-            assert all(c == round(c) for c in counts.values()), "the test takes densities that divide"
-            for n in self.sparse:
-                score = np.where(self.mask[n], np.abs(self.w[n]), -1)
-                self.mask[n] = np.isin(np.arange(numel[n]), np.argsort(-score, kind="stable")[: int(counts[n])])
-            return
-        score = np.concatenate([np.where(self.mask[n], np.abs(self.w[n]), -1) for n in self.sparse])
-        total = int(np.floor(density * score.size + 0.5))
-        kept = np.isin(np.arange(score.size), np.argsort(-score, kind="stable")[:total])
-        for n, part in zip(self.sparse, np.split(kept, np.cumsum(list(numel.values()))[:-1]), strict=True):
-            self.mask[n] = part
-
-    def run(self, batches: Callable[[int], Batch], density: float, rounds: int, steps: int, to: int, layerwise: bool):
+    def run(self, batches: Callable[[int], Batch], density: float, rounds: int, steps: int, to: int, allocate: str):
         self.train(batches, 1, to)
         w, v = dict(self.w), dict(self.v)
         for i in range(rounds):
             self.train(batches, to + 1, steps)
-            self.prune(density ** ((i + 1) / rounds), layerwise)
+            total = total_of(self, density ** ((i + 1) / rounds))
+            keep_largest(self, shared(self, allocate, total, self.sparse))
             self.w = {n: w[n] * self.mask.get(n, 1) for n in w}
             self.v = {n: v[n] * self.mask.get(n, 1) for n in v}
         self.train(batches, to + 1, steps)
@@ -111,29 +72,29 @@ def dense_view(model: nn.Module, optimizer: Any) -> tuple[Arrays, Arrays]:
 
 
 ORACLE = [
-    (storage, kind, seed, to, layerwise)
+    (storage, kind, seed, to, allocate)
     for storage in STORAGES
-    for kind, seed, to, layerwise in (
-        ("mlp", 0, 0, False),
-        ("mlp", 1, 4, False),
-        ("conv", 2, 3, False),
-        ("conv", 3, 0, False),
-        ("mlp", 4, 2, True),
+    for kind, seed, to, allocate in (
+        ("mlp", 0, 0, "globally"),
+        ("mlp", 1, 4, "globally"),
+        ("conv", 2, 3, "globally"),
+        ("conv", 3, 0, "globally"),
+        ("mlp", 4, 2, "uniform"),
     )
 ]
 
 
-@pytest.mark.parametrize(("storage", "kind", "seed", "to", "layerwise"), ORACLE)
-def test_the_whole_procedure_is_that_of_the_papers(storage: Any, kind: str, seed: int, to: int, layerwise: bool):
-    density, rounds, steps = (0.0625, 2, 8) if layerwise else (0.1, 3, 8)
-    if layerwise:
+@pytest.mark.parametrize(("storage", "kind", "seed", "to", "allocate"), ORACLE)
+def test_the_whole_procedure_is_that_of_the_papers(storage: Any, kind: str, seed: int, to: int, allocate: str):
+    density, rounds, steps = (0.0625, 2, 8) if allocate == "uniform" else (0.1, 3, 8)
+    if allocate == "uniform":
         torch.manual_seed(seed)
         model: nn.Module = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 4)).double()
     else:
         model = network(kind, seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    program = Program(model)
-    program.run(lambda step: batch_of(kind, seed, step), density, rounds, steps, to, layerwise)
+    optimizer = sgd(model)
+    program = Winning(model, seed)
+    program.run(lambda step: batch_of(kind, seed, step), density, rounds, steps, to, allocate)
     sparsifier = regrow.sparsify(model, optimizer, methods.dense(), storage=storage, allow_dense=True)
     schedule = StepLR(optimizer, 3, 0.5)
     log = iter(program.log)
@@ -157,8 +118,12 @@ def test_the_whole_procedure_is_that_of_the_papers(storage: Any, kind: str, seed
                 np.testing.assert_allclose(momentum[name], v[name], rtol=1e-9, atol=1e-12)
                 assert not np.any(values[name][~masks.get(name, np.ones(expected.size, bool))])
 
-    allocate = uniform if layerwise else globally
-    options: dict[str, Any] = {"density": density, "rounds": rounds, "steps": steps, "allocate": allocate}
+    options: dict[str, Any] = {
+        "density": density,
+        "rounds": rounds,
+        "steps": steps,
+        "allocate": meant("allocate", allocate),
+    }
     ticket = lottery(sparsifier, train, schedule, rewind_to=to, **options)
     assert next(log, None) is None
     assert ticket == sparsifier.topologies

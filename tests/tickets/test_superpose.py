@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,20 +12,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import regrow
 from regrow import methods, sparsify
-from regrow.core.draws import Stream
 from regrow.core.topology import Topology
 from regrow.parts.allocation import erk, globally, uniform
 from regrow.parts.schedules import constant
 from regrow.tickets import Superposition, Ticket, ensemble, layer_preserving, plan, reexploring, triangular
 from support.pairs import Run, batch, tensors
+from support.paper import LR, Array, Program, exchange, only, sgd, stream, top
 from support.table import OPTIMIZERS, STORAGES
-
-Array = NDArray[Any]
 
 SHAPES = {"a": (5, 7), "b": (3, 4, 2), "c": (11,)}
 
@@ -325,25 +321,19 @@ def test_an_ensemble_is_the_mean_of_predictions_and_leaves_no_trace(storage: str
     assert after.keys() == before.keys() and all(torch.equal(t, before[n]) for n, t in after.items())
 
 
-LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-2
 LOW, HIGH, STEPS, SHARE, CYCLE, FRACTION = 0.01, 0.06, 30, 0.5, 4, 0.5
 
 
-class Program:
-    """Sup-tickets in NumPy: a random topology, explored anew in each cycle, the mean of all tickets pruned back."""
+class Superposed(Program):
+    """Sup-tickets: a random topology, explored anew in each cycle, the mean of all tickets pruned back."""
 
     def __init__(self, model: nn.Module, seed: int, average: str) -> None:
-        self.model, self.average = copy.deepcopy(model), average
-        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        self.w = {n: p.detach().numpy().ravel().copy() for n, p in model.named_parameters()}
-        self.v = {n: np.zeros_like(w) for n, w in self.w.items()}
-        self.sparse = [n for n, shape in self.shapes.items() if len(shape) > 1]
-        self.mask = {n: np.zeros(self.w[n].size, bool) for n in self.sparse}
+        super().__init__(model, seed)
+        self.average = average
         self.tickets: list[tuple[dict[str, Array], dict[str, Array]]] = []
         for n in self.sparse:
-            numel = self.w[n].size
-            self.mask[n][Stream(seed, n, 0).subset(numel, numel // 4)] = True
-            self.w[n] *= self.mask[n]
+            self.mask[n] = only(self, n, stream(self, n).subset(self.w[n].size, self.w[n].size // 4))
+            self.w[n] = self.w[n] * self.mask[n]
 
     def rate(self, step: int, pretrain: int) -> float:
         if step <= pretrain:
@@ -352,28 +342,13 @@ class Program:
         return LOW + (HIGH - LOW) * (2 * u if u < 0.5 else 2 - 2 * u)
 
     def train(self, step: int, pretrain: int, data: tuple[Tensor, Tensor]) -> None:
-        p = {n: torch.from_numpy(w).view(self.shapes[n]).clone().requires_grad_() for n, w in self.w.items()}
-        loss = nn.functional.cross_entropy(torch.func.functional_call(self.model, p, (data[0],)), data[1])
-        g = {n: t.numpy().ravel() for n, t in zip(p, torch.autograd.grad(loss, list(p.values())), strict=True)}
-        if step > pretrain and (step - pretrain - 1) % CYCLE == 0:  # instead of the step
-            for n in self.sparse:
-                self.explore(n, np.abs(g[n]))
+        g = self.gradients(data)
+        if step > pretrain and (step - pretrain - 1) % CYCLE == 0:
+            exchange(self, FRACTION, "keep", lambda n, free, count: top(np.abs(g[n]), count, free))
         else:
-            for n in self.w:
-                self.v[n] = MOMENTUM * self.v[n] + g[n] * self.mask.get(n, 1) + WEIGHT_DECAY * self.w[n]
-                self.w[n] = self.w[n] - self.rate(step, pretrain) * self.v[n]
+            self.descend(g, self.rate(step, pretrain))
         if step >= pretrain and (step - pretrain) % CYCLE == 0:
-            self.tickets.append(({n: w.copy() for n, w in self.w.items()}, dict(self.mask)))
-
-    def explore(self, n: str, gradient: Array) -> None:
-        active = np.flatnonzero(self.mask[n])
-        count = int(FRACTION * active.size)
-        kept = active[np.argsort(-np.abs(self.w[n][active]), kind="stable")[: active.size - count]]
-        mask = np.isin(np.arange(self.w[n].size), kept)
-        free = np.flatnonzero(~mask)
-        mask[free[np.argsort(-gradient[free], kind="stable")[:count]]] = True
-        both = mask & self.mask[n]
-        self.mask[n], self.w[n], self.v[n] = mask, self.w[n] * both, self.v[n] * both
+            self.tickets.append((dict(self.w), dict(self.mask)))
 
     def superposed(self) -> dict[str, Array]:
         if self.average == "caa":
@@ -393,11 +368,11 @@ class Program:
 def test_the_whole_procedure_is_that_of_the_paper(storage: str, seed: int, average: Any):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 11), nn.Tanh(), nn.Linear(11, 12), nn.Tanh(), nn.Linear(12, 5)).double()
-    program = Program(model, seed, average)
+    program = Superposed(model, seed, average)
     phases = plan(STEPS, SHARE, CYCLE)
     assert (phases.pretrain, phases.cycles) == (18, 3)
     rate = triangular(LOW, HIGH, phases.cycle, phases.pretrain)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = sgd(model)
     method = reexploring(methods.static(0.25, allocate=uniform), phases, FRACTION)
     sparsifier = regrow.sparsify(model, optimizer, method, storage=storage, seed=seed)  # type: ignore[arg-type]
     mean = Superposition(average, 0.4 if average == "cima" else None)
