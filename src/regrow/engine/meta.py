@@ -24,14 +24,15 @@ def require_initializers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         on_meta = [name for name, tensor in own if tensor.is_meta]
-        if on_meta and not isinstance(module, SparseModule) and _reset(module) is None:
+        if on_meta and not isinstance(module, SparseModule) and initializer(module) is None:
             raise ValueError(
                 f"{path or type(module).__name__} has {', '.join(on_meta)} on the meta device and no reset_parameters "
                 "to initialize them: build that module on a real device"
             )
 
 
-def _reset(module: nn.Module) -> Callable[[], None] | None:
+def initializer(module: nn.Module) -> Callable[[], None] | None:
+    """What draws the values of a dense module anew, or None where it does not say how."""
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 
@@ -71,9 +72,9 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
         if isinstance(module, SparseModule):
             module.initialize({name: Stream(seed, f"{path}.{name}", -1) for name in on_meta})
         else:
-            reset = _reset(module)
-            assert reset is not None
-            reset()
+            draw = initializer(module)
+            assert draw is not None
+            draw()
             unfilled = [name for name in on_meta if bool(getattr(module, name).isnan().any())]
             if unfilled:
                 raise ValueError(

@@ -11,17 +11,18 @@ import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regrow.core.checks import require_density
 from regrow.core.draws import Stream
 from regrow.core.method import Allocation, Score
 from regrow.core.topology import Topology
+from regrow.engine.meta import initializer
 from regrow.engine.sparsifier import Sparsifier
-from regrow.nn import SparseModule, SparseMultiheadAttention
+from regrow.nn import SparseModule
 from regrow.parts.allocation import globally
 from regrow.parts.drops import keep_highest
 from regrow.parts.scores import magnitude
@@ -230,9 +231,10 @@ def reinitialized(sparsifier: Sparsifier, seed: int) -> None:
         # Children first: what holds them may have the last word on them.
         for path, module in modules:
             if isinstance(module, SparseModule):
-                _draw(module, path, seed)
-            elif (reset := _reset(module)) is not None:
-                reset()
+                own = [name for name, _ in module.named_parameters(recurse=False)]
+                module.initialize({name: Stream(seed, f"reinitialized {path}.{name}", 0) for name in own})
+            elif (draw := initializer(module)) is not None:
+                draw()
         for parameter, weights in parameters_of(sparsifier):
             values = [w.values() for w in weights]
             parameter.zero_()
@@ -245,26 +247,13 @@ def reinitialized(sparsifier: Sparsifier, seed: int) -> None:
 def _require_reset(path: str, module: nn.Module) -> None:
     name = path or type(module).__name__
     own = [n for n, _ in module.named_parameters(recurse=False)]
-    if own and not isinstance(module, SparseModule) and _reset(module) is None:
+    if own and not isinstance(module, SparseModule) and initializer(module) is None:
         raise ValueError(
             f"lottery: {name} has {', '.join(own)} and no reset_parameters to draw them anew: give its class one"
         )
     inner = [m for m in module.modules() if isinstance(m, SparseModule)]
-    if inner and not isinstance(module, SparseModule) and _reset(module) is not None:
+    if inner and not isinstance(module, SparseModule) and initializer(module) is not None:
         raise ValueError(
             f"lottery: {name} initializes the modules it holds by itself, of which {len(inner)} are compressed: use "
             'storage="masked" to draw its values anew'
         )
-
-
-def _reset(module: nn.Module) -> Callable[[], Any] | None:
-    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-
-
-def _draw(module: SparseModule, path: str, seed: int) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        size = module.topology(name).nnz if name in module.shapes else parameter.numel()
-        drawn = module.initial(name)(Stream(seed, f"reinitialized {path}.{name}", 0), size)
-        parameter.zero_().view(-1)[:size] = drawn
-    if isinstance(module, SparseMultiheadAttention) and isinstance(module.out_proj.bias, Tensor):
-        nn.init.zeros_(module.out_proj.bias)
