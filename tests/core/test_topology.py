@@ -169,3 +169,70 @@ def test_counts_are_exact_above_two_to_the_24() -> None:
     assert topology.nnz == n
     assert topology.contains(torch.tensor([0, n, n + 1])).tolist() == [False, True, False]
     assert topology.inactive(torch.tensor([0, 1])).tolist() == [0, n + 1]
+
+
+WILD = 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [0, WILD],
+        [-1, 3],
+        [3, 3],
+        [5, 2],
+        # The differences of these wrap around to positive numbers.
+        [300, WILD, -(2**62), -(2**62) + 1, 511],
+        [0, WILD, -2, 7],
+    ],
+)
+def test_positions_that_do_not_ascend_are_refused(positions: list[int]) -> None:
+    with pytest.raises(ValueError, match="must ascend strictly within"):
+        Topology((8, 64), torch.tensor(positions))
+
+
+@pytest.mark.parametrize(
+    ("starts", "columns"),
+    [
+        # Without any column the starts count too: a kernel reads what lies between them.
+        (torch.tensor([0, 10**6, 0, 0]), torch.zeros(0, dtype=torch.int32)),
+        (torch.tensor([0, -5, 0, 0]), torch.zeros(0, dtype=torch.int32)),
+        (torch.tensor([0, WILD, -2, 4]), torch.arange(4, dtype=torch.int32)),
+        (torch.tensor([0, 2, 4]), torch.arange(4, dtype=torch.int32)),
+        (torch.tensor([0, 4, 4, 4]), torch.tensor([3, 1, 0, 2], dtype=torch.uint8)),
+        (torch.tensor([0, 1, 2, 4]), torch.tensor([0, 1, 2, 6], dtype=torch.int32)),
+        (torch.tensor([0, 1, 2, 4]), torch.tensor([0, 1, 2, -1], dtype=torch.int32)),
+    ],
+    ids=range(7),
+)
+def test_rows_that_do_not_hold_together_are_refused(starts: torch.Tensor, columns: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="must ascend within each of its 3 rows of 6 entries"):
+        Topology.from_rows((3, 6), starts, columns)
+
+
+@pytest.mark.parametrize(
+    ("starts", "columns"),
+    [
+        (torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([0])),
+        (torch.tensor([0, 1, 1, 1]), torch.tensor([0.1])),
+        (torch.tensor([[0, 1, 1, 1]]), torch.tensor([0])),
+        (torch.tensor([0, 1, 1, 1]), torch.tensor([[0]])),
+        (torch.tensor([0, 1, 1, 1]), torch.tensor([True])),
+    ],
+    ids=range(5),
+)
+def test_rows_of_another_type_or_dimension_are_refused(starts: torch.Tensor, columns: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="are one-dimensional integers"):
+        Topology.from_rows((3, 6), starts, columns)
+
+
+def test_strided_rows_are_made_dense() -> None:
+    """Kernels read them through a bare pointer."""
+    sound = Topology((3, 6), torch.tensor([1, 4, 8, 17]))
+    starts, columns = (torch.stack([t, t + 1], -1)[:, 0] for t in (sound.starts, sound.columns))
+    assert not starts.is_contiguous() and not columns.is_contiguous()
+    found = Topology.from_rows((3, 6), starts, columns)
+    assert found == sound
+    assert found.starts.is_contiguous() and found.columns.is_contiguous()
+    spread = torch.stack([sound.indices, sound.indices], -1)[:, 0]
+    assert Topology((3, 6), spread) == sound

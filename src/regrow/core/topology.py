@@ -12,6 +12,7 @@ from torch import Tensor
 from regrow.core import selection
 
 _INT32 = torch.iinfo(torch.int32).max
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _CHUNK = 1 << 18
 """Entries of which flat positions are formed at once, so that set operations need little memory beside the result."""
 
@@ -52,14 +53,14 @@ class Topology:
                 f"positions must be int64 of shape (nnz,), got {positions.dtype} of shape {tuple(positions.shape)}"
             )
         if positions.numel() and not (
-            0 <= int(positions[0]) and int(positions[-1]) < self.numel and bool((positions.diff() > 0).all())
+            0 <= int(positions[0]) and int(positions[-1]) < self.numel and _ascend(positions)
         ):
             raise ValueError(
                 f"positions in a weight of shape {self.shape} must ascend strictly within [0, {self.numel:,})"
             )
         edges = torch.arange(self.rows + 1, device=positions.device) * self.row_size
         columns = (positions % max(1, self.row_size)).to(self._column_type)
-        self._set(shape, torch.searchsorted(positions, edges), columns)
+        self._set(shape, torch.searchsorted(positions.contiguous(), edges), columns)
 
     def _set(self, shape: tuple[int, ...], starts: Tensor | None, columns: Tensor | None) -> Topology:
         """The one place where the fields get their values."""
@@ -79,20 +80,27 @@ class Topology:
         Raises:
             ValueError: when they are anything else.
         """
-        topology = cls.trusted(shape, starts, columns)
+        topology = cls(shape)
         rows, size = topology.rows, topology.row_size
-        sound = starts.shape == (rows + 1,) and int(starts[0]) == 0 and int(starts[-1]) == columns.numel()
+        if starts.dtype not in _INTEGERS or columns.dtype not in _INTEGERS or starts.dim() != 1 or columns.dim() != 1:
+            raise ValueError(
+                f"rows of a weight of shape {shape} are one-dimensional integers, got starts of {starts.dtype} and "
+                f"shape {tuple(starts.shape)}, and columns of {columns.dtype} and shape {tuple(columns.shape)}"
+            )
+        # Neighbours are compared, since differences of unsigned or huge numbers wrap around; the kernels want them dense.
+        starts = starts.to(torch.int64).contiguous()
+        sound = starts.numel() == rows + 1 and int(starts[0]) == 0 and int(starts[-1]) == columns.numel()
+        sound = sound and bool((starts[1:] >= starts[:-1]).all())
         if sound and columns.numel():
-            ascending = columns.diff() > 0
+            ascending = columns[1:] > columns[:-1]
             inner = starts[1:-1]
             ascending[(inner[(inner > 0) & (inner < columns.numel())] - 1)] = True
-            within = 0 <= int(columns.min()) and int(columns.max()) < size
-            sound = within and bool((starts.diff() >= 0).all()) and bool(ascending.all())
+            sound = 0 <= int(columns.min()) and int(columns.max()) < size and bool(ascending.all())
         if not sound:
             raise ValueError(
                 f"columns of a weight of shape {shape} must ascend within each of its {rows:,} rows of {size:,} entries"
             )
-        return topology._set(shape, starts.to(torch.int64), columns.to(topology._column_type))
+        return topology._set(shape, starts, columns.to(topology._column_type).contiguous())
 
     @classmethod
     def trusted(cls, shape: tuple[int, ...], starts: Tensor, columns: Tensor) -> Topology:
@@ -318,6 +326,11 @@ class Topology:
 
     def __repr__(self) -> str:
         return f"Topology(shape={self.shape}, nnz={self.nnz:,}, density={self.density:.4g})"
+
+
+def _ascend(positions: Tensor) -> bool:
+    """Whether each is larger than the one before; compared, since differences of huge numbers wrap around."""
+    return bool((positions[1:] > positions[:-1]).all())
 
 
 def fan_in_scale(topology: Topology, out_axis: int = 0) -> Tensor:
