@@ -87,7 +87,7 @@ class Topology:
                 f"rows of a weight of shape {shape} are one-dimensional integers, got starts of {starts.dtype} and "
                 f"shape {tuple(starts.shape)}, and columns of {columns.dtype} and shape {tuple(columns.shape)}"
             )
-        # Neighbours are compared, since differences of unsigned or huge numbers wrap around; the kernels want them dense.
+        # Neighbours are compared, since differences of huge or unsigned numbers wrap around. Kernels read dense memory.
         starts = starts.to(torch.int64).contiguous()
         sound = starts.numel() == rows + 1 and int(starts[0]) == 0 and int(starts[-1]) == columns.numel()
         sound = sound and bool((starts[1:] >= starts[:-1]).all())
