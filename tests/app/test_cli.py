@@ -394,10 +394,11 @@ def test_every_storage_is_on_the_command_line() -> None:
         assert tuple(option.type.choices) == get_args(Storage) and option.default == Config().storage == "masked"
 
 
-def test_compare_in_two_processes_gives_the_same(tmp_path: Path) -> None:
-    jobs = {n: compare.plan(config(), ["static"], [0.2], 2, {}, tmp_path / str(n)) for n in (1, 2)}
+def test_compare_in_processes_of_their_own_gives_the_same(tmp_path: Path) -> None:
+    """One job, since each process takes seconds to import everything."""
+    jobs = {n: compare.plan(config(), ["static"], [0.2], 1, {}, tmp_path / str(n)) for n in (1, 2)}
     found = {n: {j.folder.name: r["accuracy"] for j, r in compare.run_all(jobs[n], n, lambda *a: None)} for n in (1, 2)}
-    assert found[1] == found[2] and len(found[1]) == 2
+    assert found[1] == found[2] and len(found[1]) == 1
 
 
 def test_rows_hold_mean_and_spread() -> None:
