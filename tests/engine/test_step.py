@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow import Sparsifier, methods, sparsify
 from regrow.core.method import Method
 from regrow.engine.step import plan, reads_everywhere
+from support.loops import data, loss_of
 
 STORAGES = ["masked", "compressed"]
 
@@ -23,16 +23,10 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(step)
-    return torch.randn(8, 6, generator=draw, dtype=torch.float64), torch.randint(0, 4, (8,), generator=draw)
-
-
 def backward(model: nn.Module, step: int, keep: bool = False) -> Tensor:
     if not keep:
         model.zero_grad()
-    x, y = batch(step)
-    loss = F.cross_entropy(model(x), y)
+    loss = loss_of(model, data(step))
     loss.backward()
     return loss
 
@@ -330,8 +324,7 @@ def test_a_step_that_a_scaler_skips_inside_is_none() -> None:
     sparsifier = sparsify(model, optimizer, rigl(interval=1))
     before = snapshot(sparsifier)
     model.zero_grad()
-    x, y = batch(1)
-    F.cross_entropy(model(x.float()), y).backward()
+    loss_of(model, data(1, dtype=torch.float32)).backward()
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
     optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
     optimizer.step()
