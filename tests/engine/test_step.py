@@ -147,6 +147,34 @@ def test_an_update_is_made_up_for_when_a_new_backward_comes_first(storage: Any) 
     assert all(snapshot(sparsifier)[name] != before[name] for name in before)
 
 
+def test_updates_made_up_for_read_the_gradient_of_their_own_step() -> None:
+    """Every newcomer outranks, in the gradient of the step that the update belongs to, all that stayed inactive."""
+    runs = []
+    for storage in STORAGES:
+        model = mlp()
+        optimizers = halves(model)
+        sparsifier = sparsify(model, optimizers, rigl(interval=2), storage=storage)  # type: ignore[arg-type]
+        seen, ranked, grown = [snapshot(sparsifier)], {}, 0
+        for step in range(1, 8):
+            if storage == "masked" and step % 2 == 0:
+                names = list(sparsifier.topologies)
+                grads = torch.autograd.grad(loss_of(model, data(step)), [model.get_parameter(n) for n in names])
+                ranked = {n: g.abs().view(-1) for n, g in zip(names, grads, strict=True)}
+            backward(model, step)
+            optimizers[0].step()
+            seen.append(snapshot(sparsifier))
+            if storage == "masked" and step > 1 and step % 2:
+                for n, score in ranked.items():
+                    before, after = seen[-2][n], seen[-1][n]
+                    never = set(range(score.numel())) - before - after
+                    grown += len(after - before)
+                    assert all(score[i] >= max(score[list(never)]) for i in after - before)
+        assert sparsifier.updates == 3
+        assert grown > 3 or storage == "compressed"
+        runs.append(seen)
+    assert runs[0] == runs[1]
+
+
 def test_an_optimizer_that_steps_again_begins_the_next_step() -> None:
     model = mlp()
     optimizers = halves(model)
