@@ -159,16 +159,12 @@ def test_updates_made_up_for_read_the_gradient_of_their_own_step() -> None:
             if storage == "masked" and step % 2 == 0:
                 names = list(sparsifier.topologies)
                 grads = torch.autograd.grad(loss_of(model, data(step)), [model.get_parameter(n) for n in names])
-                ranked = {n: g.abs().view(-1) for n, g in zip(names, grads, strict=True)}
+                ranked = {n: g.abs() for n, g in zip(names, grads, strict=True)}
             backward(model, step)
             optimizers[0].step()
             seen.append(snapshot(sparsifier))
             if storage == "masked" and step > 1 and step % 2:
-                for n, score in ranked.items():
-                    before, after = seen[-2][n], seen[-1][n]
-                    never = set(range(score.numel())) - before - after
-                    grown[step] += len(after - before)
-                    assert all(score[i] >= max(score[list(never)]) for i in after - before)
+                grown[step] = sum(newcomers_that_outrank(g, seen[-2][n], seen[-1][n]) for n, g in ranked.items())
         assert sparsifier.updates == 3
         assert all(grown.values()) or storage == "compressed"
         runs.append(seen)
@@ -272,8 +268,8 @@ def test_gradients_hidden_when_an_optimizer_raised_come_back() -> None:
     assert torch.equal(model[0].bias.grad, bias)
 
 
-def each_its_own(model: nn.Module, inside: bool, **options: Any) -> list[torch.optim.Optimizer]:
-    """An optimizer for every parameter, stepped as soon as its gradient has accumulated if `inside`."""
+def each_its_own(model: nn.Module, **options: Any) -> list[torch.optim.Optimizer]:
+    """An optimizer for every parameter."""
     optimizers: list[torch.optim.Optimizer] = []
     for parameter in model.parameters():
         optimizers.append(torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.01, **options))
@@ -303,7 +299,7 @@ def test_optimizers_that_step_inside_a_backward_share_one_step(storage: Any, nam
     runs = []
     for inside in (False, True):
         model = mlp()
-        optimizers = each_its_own(model, inside)
+        optimizers = each_its_own(model)
         if inside and hooked == "before" and storage == "masked":
             step_inside(model, optimizers)
         sparsifier = sparsify(model, optimizers, method, storage=storage, allow_dense=True)
@@ -320,9 +316,78 @@ def test_optimizers_that_step_inside_a_backward_share_one_step(storage: Any, nam
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+class Sometimes(nn.Module):
+    """One of its two branches is used in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Linear(6, 10).double()
+        self.branches = nn.ModuleList(nn.Linear(10, 4).double() for _ in range(2))
+        self.used = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branches[self.used](torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_step_inside_a_backward_ends_with_it(storage: Any) -> None:
+    """Also when some optimizers hold what it does not reach: no update is lost, none reads another step's gradient."""
+    runs = []
+    for inside in (False, True):
+        model = Sometimes()
+        optimizers = each_its_own(model)
+        sparsifier = sparsify(model, optimizers, rigl(interval=2), storage=storage)
+        if inside:
+            step_inside(model, optimizers)
+        for step in range(1, 9):
+            model.used = step % 3 % 2
+            backward(model, step)
+            if not inside:
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert (sparsifier.step, sparsifier.updates, is_open(sparsifier)) == (step, step // 2, False)
+        runs.append((sparsifier, [p.detach().clone() for p in model.parameters()]))
+    assert snapshot(runs[0][0]) == snapshot(runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def newcomers_that_outrank(score: Tensor, before: set[int], after: set[int]) -> int:
+    """How many entries grew, each of them ranked above everything that stayed inactive."""
+    never = list(set(range(score.numel())) - before - after)
+    assert all(score.view(-1)[i] >= max(score.view(-1)[never]) for i in after - before)
+    return len(after - before)
+
+
+def test_a_backward_that_broke_off_leaves_nothing_to_the_next() -> None:
+    """Some optimizers have stepped in it and some not; what was held for its update is not read by the next one."""
+    model = mlp()
+    optimizers = each_its_own(model)
+    sparsifier = sparsify(model, optimizers, rigl(interval=1))
+    step_inside(model, optimizers)
+    broken = [False]
+
+    def breaks(grad: Tensor) -> None:
+        if broken[0]:
+            raise RuntimeError("broken")
+
+    model[0].weight.register_hook(breaks)
+    backward(model, 1)
+    broken[0] = True
+    with pytest.raises(RuntimeError, match="broken"):
+        backward(model, 50)
+    broken[0] = False
+    before, names = snapshot(sparsifier), list(sparsifier.topologies)
+    grads = torch.autograd.grad(loss_of(model, data(2)), [model.get_parameter(n) for n in names])
+    backward(model, 2)
+    after = snapshot(sparsifier)
+    assert not is_open(sparsifier)
+    assert all(newcomers_that_outrank(g.abs(), before[n], after[n]) for n, g in zip(names, grads, strict=True))
+
+
 def test_an_update_in_place_of_a_step_inside_a_backward_is_refused() -> None:
     model = mlp()
-    optimizers = each_its_own(model, True)
+    optimizers = each_its_own(model)
     sparsifier = sparsify(model, optimizers, rigl("instead", 1))
     step_inside(model, optimizers)
     with pytest.raises(ValueError, match='inside of the backward pass does not allow: pass timing="after"'):

@@ -19,6 +19,8 @@ closed when every optimizer has stepped. Its kind is known beforehand:
 | OPEN     | an optimizer begins inside the same backward          | joins, its own gradients are read | OPEN  |
 | OPEN     | an optimizer has stepped, others have not             | gives back what was hidden        | OPEN  |
 | OPEN     | the last optimizer has stepped                        | `_close`                          | None  |
+| OPEN     | the backward ends that the optimizers step in         | `_close`                          | None  |
+| OPEN     | that backward broke off, and the next one comes       | `_lapse`, `_open`                 | OPEN  |
 | any      | a step is skipped by a gradient scaler, or is nested  | nothing                           | same  |
 | any      | an optimizer's state is loaded                        | it is projected at the next step  | same  |
 | any      | the sparsifier's state is loaded                      | `resume`                          | None  |
@@ -231,10 +233,19 @@ class Stepper:
             for parameter in self._of(optimizer):
                 parameter.stepped()
             self._arrivals = self._arrived()
+            if step is not None and step.backward != OUTSIDE:
+                # What the backward still brings belongs to this step, which ends with it.
+                return
             if step is not None and len(step.stepped) == len(self.optimizers):
                 self._close(step)
-            if step is None or self.open is None or step.backward == OUTSIDE:
-                # While a backward is under way, what it still brings belongs to this step.
+            self._watch()
+
+    def _after_backward(self) -> None:
+        """The backward that optimizers stepped in has ended."""
+        step = self.open
+        if step is not None and step.backward != OUTSIDE:
+            with torch.no_grad():
+                self._close(step)
                 self._watch()
 
     def _joins(self, step: Step, optimizer: Optimizer, backward: int) -> bool:
@@ -251,6 +262,8 @@ class Stepper:
         if backward != OUTSIDE:
             # Other weights are still to be read by the backward that is under way.
             self._open_own(step, optimizer)
+            # Not when the last optimizer has stepped, since some may hold what this backward does not reach.
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         else:
             self._open_all(step)
         self._arrivals = self._arrived()
