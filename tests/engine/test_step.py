@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regrow import Sparsifier, methods, sparsify
 from regrow.core.method import Method
 from regrow.engine.step import plan, reads_everywhere
+from regrow.nn import SparseModule
 from support.loops import data, loss_of
 
 STORAGES = ["masked", "compressed"]
@@ -268,6 +269,23 @@ def test_gradients_hidden_when_an_optimizer_raised_come_back() -> None:
     assert torch.equal(model[0].bias.grad, bias)
 
 
+def test_a_gradient_that_came_since_is_not_replaced_by_a_hidden_one() -> None:
+    model = mlp()
+    optimizer = Failing(model.parameters(), lr=0.1)
+    sparsify(model, optimizer, rigl("instead", 2))
+    backward(model, 1)
+    optimizer.step()
+    backward(model, 2)
+    optimizer.fails = True
+    with pytest.raises(RuntimeError, match="broken"):
+        optimizer.step()
+    optimizer.fails = False
+    backward(model, 3)
+    expected = model[0].bias.detach() - 0.1 * model[0].bias.grad
+    optimizer.step()
+    assert torch.equal(model[0].bias, expected)
+
+
 def each_its_own(model: nn.Module, **options: Any) -> list[torch.optim.Optimizer]:
     """An optimizer for every parameter."""
     optimizers: list[torch.optim.Optimizer] = []
@@ -462,6 +480,15 @@ def test_loading_the_state_of_a_sparsifier_ends_the_open_step(storage: Any) -> N
         optimizer.step()
     assert (sparsifier.step, sparsifier.updates, is_open(sparsifier)) == (1, 0, False)
     assert snapshot(sparsifier) == before
+    dense = [m.to_dense() if isinstance(m, SparseModule) else m for m in model]
+    weights = [dense[i].weight for i in (0, 2, 4)]
+    grads = torch.autograd.grad(loss_of(nn.Sequential(*dense), data(4)), weights)
+    backward(model, 4)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert (sparsifier.step, sparsifier.updates) == (2, 1)
+    after = snapshot(sparsifier)
+    assert all(newcomers_that_outrank(g.abs(), before[n], after[n]) for n, g in zip(before, grads, strict=True))
 
 
 class Twice(torch.optim.SGD):
