@@ -24,6 +24,20 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
+class Sometimes(nn.Module):
+    """One of its two branches is used in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Linear(6, 10).double()
+        self.branches = nn.ModuleList(nn.Linear(10, 4).double() for _ in range(2))
+        self.used = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branches[self.used](torch.tanh(self.first(x)))
+
+
 def backward(model: nn.Module, step: int, keep: bool = False) -> Tensor:
     if not keep:
         model.zero_grad()
@@ -170,6 +184,23 @@ def test_updates_made_up_for_read_the_gradient_of_their_own_step() -> None:
         assert all(grown.values()) or storage == "compressed"
         runs.append(seen)
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_only_an_abandoned_step_reached_is_not_reached(storage: Any) -> None:
+    """A gradient of zeros is looked at by whether its own step's backward made it."""
+    model = Sometimes()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.first, model.branches)]
+    sparsifier = sparsify(model, optimizers, rigl("instead", 2), storage=storage)
+    for step, used in ((1, 0), (2, 1)):
+        model.used = used
+        model.zero_grad(set_to_none=False)
+        before = snapshot(sparsifier)
+        loss_of(model, data(step)).backward()
+        optimizers[0].step()
+    changed = {name for name, active in snapshot(sparsifier).items() if active != before[name]}
+    assert (sparsifier.step, sparsifier.updates) == (2, 1)
+    assert changed == {"first.weight", "branches.1.weight"}
 
 
 def test_an_optimizer_that_steps_again_begins_the_next_step() -> None:
@@ -332,20 +363,6 @@ def test_optimizers_that_step_inside_a_backward_share_one_step(storage: Any, nam
         runs.append((sparsifier, [p.detach().clone() for p in model.parameters()]))
     assert snapshot(runs[0][0]) == snapshot(runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
-
-
-class Sometimes(nn.Module):
-    """One of its two branches is used in a step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = nn.Linear(6, 10).double()
-        self.branches = nn.ModuleList(nn.Linear(10, 4).double() for _ in range(2))
-        self.used = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.branches[self.used](torch.tanh(self.first(x)))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
