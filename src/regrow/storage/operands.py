@@ -125,6 +125,8 @@ class KeptOperands:
         grad = self.gradient.parameter.grad
         if grad is None:
             self.forget()
+        elif now in self._passes:
+            self._factor = 1.0
         elif self.looked:
             self._factor = self.multiple(grad, whole())
 
