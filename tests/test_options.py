@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from regrow import methods
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME as RECIPES
 from regrow.parts.redistribution import mean_momentum
 from support.paper import PAPERS, SHORT, actual, assert_same, expected, library_method
 
@@ -202,4 +202,4 @@ def test_a_dynamic_method_requires_until(name: str) -> None:
 
 def test_the_table_has_every_recipe_by_its_name() -> None:
     assert all(library_method(name, ALL_SHORT[name]).name == name for name in RECIPES)
-    assert methods.RECIPES.keys() == ALL_SHORT.keys() == ALL_CASES.keys()
+    assert methods.BY_NAME.keys() == ALL_SHORT.keys() == ALL_CASES.keys()

@@ -14,7 +14,7 @@ from torch import nn
 import regrow
 from regrow.core.method import Method, Need, Regrow, Start
 from regrow.core.topology import Topology
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME as RECIPES
 from regrow.parts import growth, schedules
 from regrow.parts.updates import drop_and_grow, every
 from support.paper import (

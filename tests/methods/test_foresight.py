@@ -19,7 +19,7 @@ import regrow
 from regrow import methods
 from regrow.core.topology import Topology
 from regrow.engine.probe import BatchProbe
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME as RECIPES
 from regrow.parts.allocation import at_least, explicit, globally, uniform
 from regrow.parts.rounds import synaptic_flow
 from support.paper import (

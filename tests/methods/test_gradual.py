@@ -14,24 +14,12 @@ from torch import nn
 import regrow
 from regrow import methods
 from regrow.core.method import Method, Need
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME as RECIPES
 from regrow.parts.allocation import at_least, globally
 from regrow.parts.schedules import constant
+from support.exchange import VALUES, Watch, allocated, drop_and_grow, history, library, with_last
 from support.paper import Arrays, History, Program, actual, assert_same, backward, batches, masks, network, sgd
-from support.plain import (
-    FRACTIONS,
-    Changes,
-    cases,
-    exchange,
-    history,
-    keep_largest,
-    library,
-    require_predicted_difference,
-    start,
-    top,
-    total_of,
-    with_last,
-)
+from support.plain import Changes, cases, keep_largest, start, total_of
 
 PAPERS: dict[str, dict[str, Any]] = {
     "granet": {
@@ -41,6 +29,10 @@ PAPERS: dict[str, dict[str, Any]] = {
         "interval": 1000,
         "fraction": 0.5,
         "anneal": "cosine_to_0.005",
+        "drop": "lowest",
+        "grow": "gradient",
+        "redistribute": None,
+        "decay": None,
         "init_allocate": "erk",
         "allocate": "globally",
         "last_density": None,
@@ -51,11 +43,13 @@ PAPERS: dict[str, dict[str, Any]] = {
     "ac_dc": {"begin": None, "phase": None, "allocate": "globally", "timing": "after"},
 }
 PAPERS["granet_uniform"] = PAPERS["granet"] | {"allocate": "uniform", "last_density": 0.2}
-PAPERS["gmp_uniform"] = PAPERS["granet_uniform"] | {"init_density": 1.0, "fraction": None}
+PAPERS["gmp"] = PAPERS["granet"] | {"init_density": 1.0, "fraction": None, "allocate": "uniform"}
+PAPERS["gmp_uniform"] = PAPERS["gmp"] | {"last_density": 0.2}
 
 SHORT: dict[str, dict[str, Any]] = {
     "granet": {"density": 0.3, "until": 15, "interval": 3},
     "granet_uniform": {"density": 0.3, "until": 15, "interval": 3, "last_density": 0.45},
+    "gmp": {"density": 0.3, "until": 13, "interval": 3},
     "gmp_uniform": {"density": 0.3, "until": 13, "interval": 3, "last_density": 0.45},
     "ac_dc": {"density": 0.3, "until": 13, "phase": 2},
 }
@@ -68,28 +62,26 @@ def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
 
 def granet_run(name: str, o: dict[str, Any], kind: str, seed: int) -> History:
     """Prune along the ramp, then exchange, at every interval; the ramp's end is met by pruning alone."""
-    end = o["prune_until"] or (o["until"] if name == "gmp_uniform" else o["until"] // 2)
+    end = o["prune_until"] or (o["until"] if o["fraction"] is None else o["until"] // 2)
     first = o["begin"] or o["interval"]
 
     def regular(step: int) -> bool:
         return first <= step < o["until"] and (step - first) % o["interval"] == 0
 
-    def update(run: Program, g: Arrays) -> None:
+    def update(run: Program, g: Arrays, watch: Watch) -> None:
         if run.step <= end:
             p = min(max(run.step - o["begin"], 0) / (end - o["begin"]), 1)
             density = o["density"] + (o["init_density"] - o["density"]) * (1 - p) ** 3
             total = min(total_of(run, density), sum(int(m.sum()) for m in run.mask.values()))
-            keep_largest(run, with_last(run, o["allocate"], total, o["last_layer"], o["last_density"]))
+            keep_largest(run, with_last(run, o, o["allocate"], total))
         if regular(run.step) and o["fraction"] is not None:
-            progress = min(max(run.step - o["begin"], 0) / (o["until"] - o["begin"]), 1)
-            fraction = FRACTIONS[o["anneal"]](o["fraction"], progress)
-            exchange(run, fraction, o["regrow_dropped"], lambda n, free, k: top(np.abs(g[n]), k, free))
+            drop_and_grow(o)(run, g, watch)
 
     def counts(run: Program) -> list[int]:
-        return with_last(run, o["init_allocate"], total_of(run, o["init_density"]), o["last_layer"], o["last_density"])
+        return with_last(run, o, o["init_allocate"], total_of(run, o["init_density"]))
 
     run = start(kind, seed, None if o["init_density"] == 1 else counts, o["regrow_dropped"])
-    return history(run, kind, lambda step: regular(step) or step == end, update, o["timing"])
+    return history(run, kind, lambda step: regular(step) or step == end, update, o["timing"], o["decay"])
 
 
 def ac_dc_run(o: dict[str, Any], kind: str, seed: int) -> History:
@@ -101,9 +93,9 @@ def ac_dc_run(o: dict[str, Any], kind: str, seed: int) -> History:
         switches |= {at: "sparse", at + phase: "dense"}
         at += 2 * phase
 
-    def update(run: Program, g: Arrays) -> None:
+    def update(run: Program, g: Arrays, watch: Watch) -> None:
         if switches[run.step] == "sparse":
-            keep_largest(run, with_last(run, o["allocate"], total_of(run, o["density"]), None, None))
+            keep_largest(run, allocated(run, o["allocate"], total_of(run, o["density"]), run.sparse))
         else:
             run.mask = {n: np.ones_like(m) for n, m in run.mask.items()}
 
@@ -118,10 +110,17 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("granet", {"allocate": "erk", "init_allocate": "uniform", "begin": 2, "interval": 4, "anneal": "linear"}),
     ("granet", {"last_density": 0.6, "last_layer": "0"}),
     ("granet", {"interval": 1, "prune_until": 2, "density": 0.05}),
+    *(("granet", {"drop": d, "grow": "momentum", "redistribute": "magnitude"}) for d in VALUES["drop"]),
+    ("granet", {"grow": "mixed", "redistribute": "momentum", "decay": 0.5, "init_density": 1.0, "timing": "instead"}),
+    ("granet_uniform", {"grow": "random", "drop": "taylor"}),
     ("granet_uniform", {}),
     ("granet_uniform", {"init_density": 1.0, "prune_until": 15}),
     ("granet_uniform", {"last_density": None}),
     ("granet_uniform", {"last_density": 0.9, "init_density": 0.4, "timing": "instead"}),
+    *(("gmp", {"allocate": a}) for a in ("uniform", "erk", "globally", "layer_adaptive")),
+    ("gmp", {"last_density": 0.6, "last_layer": "0", "allocate": "erk"}),
+    ("granet", {"allocate": "layer_adaptive"}),
+    ("granet_uniform", {"allocate": "layer_adaptive", "init_density": 1.0, "interval": 2}),
     ("gmp_uniform", {}),
     ("gmp_uniform", {"begin": 2, "interval": 5, "timing": "instead"}),
     ("gmp_uniform", {"last_density": None}),
@@ -156,20 +155,39 @@ GRANET: dict[str, Changes] = TIMES | {
         ({"anneal": "cosine"}, 12, {"fraction": 0.55}),
     ],
     "init_allocate": [({"init_allocate": "uniform"}, 0)],
+    "drop": [({"drop": "per_sign"}, 3), ({"drop": "taylor"}, 3), ({"drop": "global"}, 3)],
+    "grow": [({"grow": "random"}, 3), ({"grow": "momentum"}, 3)],
+    "decay": [({"decay": 0.0}, 3, {"grow": "momentum"}), ({"decay": 0.5}, 3, {"grow": "momentum"})],
     "last_layer": [({"last_layer": "0.weight", "last_density": 0.7}, 0)],
     "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "reset"}, 6)],
 }
+FREE = {"last_density": None}
 CASES: dict[str, dict[str, Changes]] = {
     "granet": GRANET
     | {
-        "allocate": [({"allocate": "uniform"}, 3), ({"allocate": "erk"}, 3)],
+        "allocate": [({"allocate": a}, 3) for a in ("uniform", "erk", "layer_adaptive")],
+        "redistribute": [({"redistribute": "magnitude"}, 3), ({"redistribute": "momentum"}, 3)],
         "last_density": [({"last_density": 0.9}, 0), ({"last_density": 0.65}, 3)],
     },
-    "granet_uniform": GRANET | {"last_density": [({"last_density": 0.9}, 0), ({"last_density": None}, 3)]},
+    "granet_uniform": GRANET
+    | {
+        "allocate": [({"allocate": "globally"}, 3), ({"allocate": "erk"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 3, FREE), ({"redistribute": "momentum"}, 3, FREE)],
+        "last_density": [({"last_density": 0.9}, 0), ({"last_density": None}, 3)],
+    },
+    "gmp": TIMES
+    | {
+        "begin": [({"begin": 1}, 3), ({"begin": 5}, 3)],
+        "until": [({"until": 7}, 3), ({"until": 40}, 3)],
+        "allocate": [({"allocate": a}, 3) for a in ("erk", "globally", "layer_adaptive")],
+        "last_density": [({"last_density": 0.45}, 6), ({"last_density": 0.9}, 3)],
+        "last_layer": [({"last_layer": "2"}, 3, {"last_density": 0.9})],
+    },
     "gmp_uniform": TIMES
     | {
         "begin": [({"begin": 1}, 3), ({"begin": 5}, 3)],
         "until": [({"until": 7}, 3), ({"until": 14}, 3)],
+        "allocate": [({"allocate": "erk"}, 3), ({"allocate": "globally"}, 3)],
         "last_density": [({"last_density": None}, 6), ({"last_density": 0.9}, 3)],
         "last_layer": [({"last_layer": "2"}, 6)],
     },
@@ -189,10 +207,15 @@ def test_an_option_makes_the_difference_that_is_predicted(
     name: str, change: dict[str, Any], first: int, both: dict[str, Any]
 ) -> None:
     """Property 48."""
-    require_predicted_difference(name, paper, SHORT[name], change, first, both)
+    plain, changed = SHORT[name] | both, SHORT[name] | both | change
+    default, other = paper(name, plain, "conv", 0), paper(name, changed, "conv", 0)
+    found = actual(library(name, changed), "conv")
+    assert default.first_difference(other) == first
+    assert found.first_difference(default) == first
+    assert_same(found, other)
 
 
-@pytest.mark.parametrize("name", ["granet", "granet_uniform", "gmp_uniform", "ac_dc"])
+@pytest.mark.parametrize("name", ["granet", "granet_uniform", "gmp", "gmp_uniform", "ac_dc"])
 def test_what_is_not_given_is_the_papers(name: str) -> None:
     """Property 48: a default is an option value too."""
     given = inspect.signature(RECIPES[name]).parameters

@@ -15,7 +15,7 @@ from torch import nn
 import regrow
 from regrow.core.draws import Stream
 from regrow.core.method import Method
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME as RECIPES
 from regrow.parts import allocation
 from support.paper import (
     LR,

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,28 @@ from regrow.core.draws import Stream
 from regrow.core.method import Method, Need
 from regrow.core.topology import Topology
 from regrow.core.weight import Weights
-from regrow.methods import RECIPES
-from regrow.methods.rewiring import sampled_gradient
-from regrow.parts import allocation
+from regrow.methods import BY_NAME as RECIPES
+from regrow.parts import allocation, mean_momentum, sampled_gradient
+from support.exchange import (
+    VALUES,
+    Update,
+    Watch,
+    annealed,
+    asked,
+    counts_of,
+    grown,
+    history,
+    library,
+    only,
+    place,
+    regrow_entries,
+    regular,
+    share,
+)
+from support.exchange import kept as kept_by
 from support.fakes import Fake
-from support.paper import Array, Arrays, History, Program, actual, assert_same, batches, network, share_out, top
-from support.plain import FRACTIONS, SHARES, WORDS, Changes, cases, history, start, stream, total_of
+from support.paper import Arrays, History, Program, actual, assert_same, batches, network, share_out, top
+from support.plain import Changes, cases, start, stream
 
 PAPERS: dict[str, dict[str, Any]] = {
     "dsr": {
@@ -36,6 +52,9 @@ PAPERS: dict[str, dict[str, Any]] = {
         "fraction": 0.1,
         "threshold": 1e-3,
         "tolerance": 0.1,
+        "grow": "random",
+        "redistribute": "survivors",
+        "decay": None,
         "allocate": "uniform",
         "regrow_dropped": "reset",
         "timing": "after",
@@ -47,17 +66,30 @@ PAPERS: dict[str, dict[str, Any]] = {
         "anneal": "linear",
         "gradient_weight": 1.0,
         "soft": False,
+        "grow": "random",
+        "redistribute": None,
+        "decay": None,
         "allocate": "uniform",
         "regrow_dropped": "reset",
         "timing": "after",
     },
-    "deep_r": {"l1": 5e-6, "noise": 5e-6, "allocate": "uniform"},
+    "deep_r": {
+        "l1": 5e-6,
+        "noise": 5e-6,
+        "grow": "random",
+        "redistribute": None,
+        "decay": None,
+        "allocate": "uniform",
+    },
     "gse": {
         "begin": None,
         "interval": 1000,
         "fraction": 0.2,
         "anneal": "cosine",
         "gamma": 1.0,
+        "drop": "lowest",
+        "redistribute": None,
+        "decay": None,
         "allocate": "er",
         "regrow_dropped": "forbid",
         "timing": "after",
@@ -71,49 +103,15 @@ SHORT: dict[str, dict[str, Any]] = {
     "gse": {"density": 0.3, "until": 13, "interval": 3, "fraction": 0.4},
 }
 
-Pick = Callable[[str, Array, int], Array]
-
-
-def library(name: str, options: dict[str, Any]) -> Method:
-    given = {k: WORDS[k][v] if k in WORDS and isinstance(v, str) else v for k, v in options.items()}
-    if isinstance(given.get("allocate"), dict):
-        given["allocate"] = allocation.explicit(given["allocate"])
-    return RECIPES[name](**given)
-
-
-def counts_of(run: Program, options: dict[str, Any]) -> list[int]:
-    allocate = options["allocate"]
-    if isinstance(allocate, dict):
-        return [int(allocate[n] * run.w[n].size + 0.5) for n in run.sparse]
-    shares = [SHARES[allocate](run.shapes[n]) for n in run.sparse]
-    return share_out(shares, total_of(run, options["density"]), run.sizes())
-
 
 def floor(x: float) -> int:
     return int(np.floor(x + 1e-9))
 
 
-def only(run: Program, n: str, positions: Array) -> Array:
-    mask = np.zeros_like(run.mask[n])
-    mask[positions] = True
-    return mask
-
-
-def at_random(run: Program) -> Pick:
-    return lambda n, candidates, count: candidates[stream(run, n).subset(candidates.size, count)]
-
-
-def place(run: Program, kept: Arrays, policy: str, counts: Sequence[int], pick: Pick) -> None:
-    """Grow among what is outside of the kept, or of all that was active where regrowth is forbidden."""
-    for n, count in zip(run.sparse, counts, strict=True):
-        candidates = np.flatnonzero(~(run.mask[n] if policy == "forbid" else kept[n]))
-        run.change(n, kept[n], only(run, n, pick(n, candidates, count)))
-
-
-def dsr(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
+def dsr(run: Program, o: dict[str, Any]) -> Update:
     threshold = [o["threshold"]]
 
-    def update(run: Program, g: Arrays) -> None:
+    def update(run: Program, g: Arrays, watch: Watch) -> None:
         kept, asked = {}, 0
         if o["fraction"] == 0:
             return
@@ -124,80 +122,76 @@ def dsr(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
             kept[n] = only(run, n, stays if stays.size else top(np.abs(run.w[n]), 1, active))
         lost = sum(int(run.mask[n].sum() - kept[n].sum()) for n in run.sparse)
         threshold[0] *= 2 if lost < (1 - o["tolerance"]) * asked else 0.5 if lost > (1 + o["tolerance"]) * asked else 1
-        taken = run.mask if o["regrow_dropped"] == "forbid" else kept
-        room = [int((~taken[n]).sum()) for n in run.sparse]
-        place(
-            run,
-            kept,
-            o["regrow_dropped"],
-            share_out([float(kept[n].sum()) for n in run.sparse], lost, room),
-            at_random(run),
-        )
+        regrow_entries(run, kept, o["grow"], o["redistribute"], o["regrow_dropped"], g, watch)
 
     return update
 
 
-def annealed(run: Program, o: dict[str, Any]) -> float:
-    begin = o["begin"] or 0
-    return FRACTIONS[o["anneal"]](o["fraction"], float(np.clip((run.step - begin) / (o["until"] - begin), 0, 1)))
-
-
-def mest(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
+def mest(run: Program, o: dict[str, Any]) -> Update:
     targets = {n: int(run.mask[n].sum()) for n in run.sparse}
 
-    def update(run: Program, g: Arrays) -> None:
-        fraction = annealed(run, o) if run.step < o["until"] else 0.0
+    def update(run: Program, g: Arrays, watch: Watch) -> None:
+        fraction, policy = annealed(run, o) if run.step < o["until"] else 0.0, o["regrow_dropped"]
         kept, counts = {}, []
         for n in run.sparse:
             score = np.abs(run.w[n]) + o["gradient_weight"] * np.abs(g[n])
             active = np.flatnonzero(run.mask[n])
             counts.append(floor(fraction * targets[n]))
-            if o["regrow_dropped"] == "forbid" and not o["soft"]:
-                counts[-1] = min(counts[-1], run.mask[n].size - active.size)
-            kept[n] = only(run, n, top(score, targets[n] - (0 if o["soft"] else counts[-1]), active))
-        if o["soft"]:
-            taken = run.mask if o["regrow_dropped"] == "forbid" else kept
-            room = [min(targets[n], int((~taken[n]).sum())) for n in run.sparse]
-            counts = share_out([float(c) for c in counts], min(sum(counts), sum(room)), room) if any(counts) else counts
-        place(run, kept, o["regrow_dropped"], counts, at_random(run))
+            gone = active.size - targets[n] if o["soft"] else asked(run, n, fraction, policy)
+            kept[n] = only(run, n, top(score, active.size - gone, active))
+        if not o["soft"]:
+            return regrow_entries(run, kept, o["grow"], o["redistribute"], policy, g, watch)
+        free = {n: np.flatnonzero(~(run.mask[n] if policy == "forbid" else kept[n])) for n in run.sparse}
+        room = [min(targets[n], free[n].size) for n in run.sparse]
+        counts = share_out([float(c) for c in counts], min(sum(counts), sum(room)), room) if any(counts) else counts
+        place(run, kept, free, counts, o["grow"], g, watch)
 
     return update
 
 
-def deep_r(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
+def deep_r(run: Program, o: dict[str, Any]) -> Update:
     signs = {n: Stream(run.seed, n, 0).signs(np.arange(run.w[n].size)).astype(float) for n in run.sparse}
     for n in run.sparse:
         run.w[n] = np.abs(run.w[n]) * signs[n]
 
-    def update(run: Program, g: Arrays) -> None:
+    def update(run: Program, g: Arrays, watch: Watch) -> None:
+        draws = {n: stream(run, n) for n in run.sparse}
+        kept, moved, counts = {}, {}, []
         for n in run.sparse:
-            draws, active = stream(run, n), np.flatnonzero(run.mask[n])
-            theta = signs[n][active] * run.w[n][active] - o["l1"] + o["noise"] * draws.normal(active.size)
-            run.w[n][active] = signs[n][active] * theta
-            kept = only(run, n, active[theta >= 0])
-            dormant = np.flatnonzero(~kept)
-            chosen = dormant[draws.subset(dormant.size, int((theta < 0).sum()))]
-            run.change(n, kept, only(run, n, chosen))
+            active = np.flatnonzero(run.mask[n])
+            theta = signs[n][active] * run.w[n][active] - o["l1"] + o["noise"] * draws[n].normal(active.size)
+            moved[n] = np.zeros_like(run.w[n])
+            moved[n][active] = signs[n][active] * theta
+            kept[n] = only(run, n, active[theta >= 0])
+            counts.append(int((theta < 0).sum()))
+        free = {n: np.flatnonzero(~kept[n]) for n in run.sparse}
+        if o["redistribute"] is not None and sum(counts):
+            shares = [share(run, n, o["redistribute"], kept[n], watch) for n in run.sparse]
+            counts = share_out(shares, sum(counts), [free[n].size for n in run.sparse])
+        run.w |= moved
+        for n, count in zip(run.sparse, counts, strict=True):
+            if o["grow"] == "random":  # the same stream as the noise, further on
+                chosen = free[n][draws[n].subset(free[n].size, count)]
+            else:
+                chosen = grown(run, n, o["grow"], count, free[n], g[n], watch)
+            run.change(n, kept[n], only(run, n, chosen))
 
     return update
 
 
-def gse(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
-    def update(run: Program, g: Arrays) -> None:
-        kept, counts, sizes = {}, [], {}
-        for n in run.sparse:
-            active = np.flatnonzero(run.mask[n])
-            counts.append(floor(annealed(run, o) * active.size))
-            if o["regrow_dropped"] == "forbid":
-                counts[-1] = min(counts[-1], run.mask[n].size - active.size)
-            kept[n] = only(run, n, top(np.abs(run.w[n]), active.size - counts[-1], active))
-            sizes[n] = int(o["gamma"] * active.size)
-
-        def pick(n: str, candidates: Array, count: int) -> Array:
-            size = min(candidates.size, max(count, sizes[n]))
-            return top(np.abs(g[n]), count, candidates[stream(run, n).subset(candidates.size, size)])
-
-        place(run, kept, o["regrow_dropped"], counts, pick)
+def gse(run: Program, o: dict[str, Any]) -> Update:
+    def update(run: Program, g: Arrays, watch: Watch) -> None:
+        policy, sizes = o["regrow_dropped"], {n: int(o["gamma"] * run.mask[n].sum()) for n in run.sparse}
+        stays = kept_by(run, o["drop"], annealed(run, o), policy, g)
+        free = {n: np.flatnonzero(~(run.mask[n] if policy == "forbid" else stays[n])) for n in run.sparse}
+        counts = [int(run.mask[n].sum() - stays[n].sum()) for n in run.sparse]
+        if o["redistribute"] is not None and sum(counts):
+            shares = [share(run, n, o["redistribute"], stays[n], watch) for n in run.sparse]
+            counts = share_out(shares, sum(counts), [free[n].size for n in run.sparse])
+        for n, count in zip(run.sparse, counts, strict=True):
+            size = min(free[n].size, max(count, sizes[n]))
+            chosen = top(np.abs(g[n]), count, free[n][stream(run, n).subset(free[n].size, size)])
+            run.change(n, stays[n], only(run, n, chosen))
 
     return update
 
@@ -209,13 +203,11 @@ def expected(name: str, options: dict[str, Any], kind: str = "mlp", seed: int = 
     o = {"begin": 1, "interval": 1, "regrow_dropped": "reset", "timing": "after", "soft": False}
     o |= PAPERS[name] | options
     run = start(kind, seed, lambda run: counts_of(run, o), keep=o["regrow_dropped"])
-    first = o["begin"] or o["interval"]
 
     def due(step: int) -> bool:
-        regular = first <= step < o["until"] and (step - first) % o["interval"] == 0
-        return regular or (o["soft"] and step == o["until"])
+        return regular(o)(step) or (o["soft"] and step == o["until"])
 
-    return history(run, kind, due, UPDATES[name](run, o), o["timing"])
+    return history(run, kind, due, UPDATES[name](run, o), o["timing"], o["decay"])
 
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
@@ -235,6 +227,13 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("deep_r", {}),
     ("deep_r", {"l1": 0.0, "noise": 0.0, "density": 0.6}),
     ("deep_r", {"l1": 0.02, "noise": 0.1, "allocate": "erk"}),
+    *(("dsr", {"grow": g, "redistribute": r}) for g, r in (("gradient", None), ("momentum", "momentum"))),
+    ("mest", {"grow": "unexplored_first", "redistribute": "magnitude"}),
+    ("mest", {"grow": "gradient", "soft": True}),
+    ("mest", {"grow": "momentum", "decay": 0.5, "soft": True, "timing": "instead"}),
+    ("deep_r", {"grow": "gradient", "redistribute": "magnitude"}),
+    ("deep_r", {"grow": "momentum", "decay": 0.0, "redistribute": "survivors", "density": 0.6}),
+    *(("gse", {"drop": d, "redistribute": "momentum", "regrow_dropped": "keep"}) for d in VALUES["drop"]),
     ("gse", {}),
     ("gse", {"gamma": 0.5, "regrow_dropped": "keep", "timing": "instead"}),
     ("gse", {"gamma": 0.4, "regrow_dropped": "reset", "anneal": "constant"}),
@@ -268,6 +267,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "fraction": [({"fraction": 0.8}, 9), ({"fraction": 0.05}, 6), ({"fraction": 0.0}, 3)],
         "threshold": [({"threshold": 0.02}, 3), ({"threshold": 0.2}, 3)],
         "tolerance": [({"tolerance": 0.95}, 6)],
+        "grow": [({"grow": "gradient"}, 3), ({"grow": "momentum"}, 3)],
+        "redistribute": [({"redistribute": None}, 3), ({"redistribute": "momentum"}, 3)],
+        "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 9, MANY)],
         "timing": [({"timing": "instead"}, 6)],
@@ -280,6 +282,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "anneal": [({"anneal": "constant"}, 3), ({"anneal": "inverse_power"}, 3), ({"anneal": "cosine"}, 3)],
         "gradient_weight": [({"gradient_weight": 0.0}, 6), ({"gradient_weight": 100.0}, 3)],
         "soft": [({"soft": True}, 3)],
+        "grow": [({"grow": "gradient"}, 3), ({"grow": "momentum"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 3), ({"redistribute": "momentum"}, 3)],
+        "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 6, MANY)],
         "timing": [({"timing": "instead"}, 9)],
@@ -289,6 +294,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "until": [({"until": 7}, 7)],
         "l1": [({"l1": 0.1}, 1), ({"l1": 0.0}, 6)],
         "noise": [({"noise": 0.1}, 1), ({"noise": 0.0}, 3)],
+        "grow": [({"grow": "gradient"}, 3), ({"grow": "unexplored_first"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 4)],
+        "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
     },
     "gse": {
@@ -298,6 +306,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "fraction": FRACTION,
         "anneal": [({"anneal": "constant"}, 3), ({"anneal": "inverse_power"}, 3), ({"anneal": "linear"}, 3)],
         "gamma": [({"gamma": 2.0}, 3), ({"gamma": 0.5}, 3)],
+        "drop": [({"drop": "per_sign"}, 3, {"regrow_dropped": "keep"}), ({"drop": "global"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 3), ({"redistribute": "momentum"}, 3)],
+        "decay": [({"decay": 0.0}, 3, {"redistribute": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "keep"}, 3), ({"regrow_dropped": "reset"}, 3, MANY)],
         "timing": [({"timing": "instead"}, 6)],
@@ -324,7 +335,7 @@ def test_what_is_not_given_is_the_paper_s(name: str) -> None:
     defaults = {
         k: p.default for k, p in inspect.signature(RECIPES[name]).parameters.items() if p.default is not p.empty
     }
-    assert defaults == {k: WORDS[k][v] if k in WORDS else v for k, v in PAPERS[name].items()}
+    assert defaults == {k: VALUES.get(k, {}).get(v, v) for k, v in PAPERS[name].items()}
 
 
 ALL = list(PAPERS)
@@ -343,6 +354,18 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["dsr"], {"tolerance": -0.1}, "got threshold 0.06, tolerance -0.1"),
     (["mest"], {"gradient_weight": -1.0}, "gradient_weight must be finite and at least 0, got -1"),
     (["mest"], {"gradient_weight": math.inf}, "gradient_weight must be finite and at least 0, got inf"),
+    (
+        ALL,
+        {"decay": 0.5, "redistribute": None},
+        "decay is of a running mean .* leave out 0.5",
+    ),
+    (ALL, {"decay": 1.0, "redistribute": mean_momentum}, r"decay must lie in \[0, 1\), got 1"),
+    (
+        ["mest"],
+        {"soft": True, "redistribute": mean_momentum},
+        "a soft memory bound .* redistribute would move",
+    ),
+    (["mest"], {"soft": True, "decay": 0.5}, "decay is of a running mean of gradients, which neither"),
     (["deep_r"], {"l1": -1.0}, "l1 and noise must be finite and at least 0, got l1 -1 and noise 0.01"),
     (["deep_r"], {"noise": math.inf}, "got l1 0.001 and noise inf"),
     (["gse"], {"gamma": 0.3}, "gamma 0.3 gives fewer candidates than the drop fraction 0.4 asks to grow"),
@@ -394,7 +417,7 @@ def active(dense: Tensor) -> int:
 def test_the_soft_bound_is_exceeded_by_the_fraction_and_kept_at_the_end(storage: str) -> None:
     """floor(f n) more at an update, in each weight, until the next one; from `until` on exactly the target."""
     log: list[list[int]] = []
-    method = methods.mest(0.3, until=11, interval=4, fraction=0.5, anneal=WORDS["anneal"]["constant"], soft=True)
+    method = methods.mest(0.3, until=11, interval=4, fraction=0.5, anneal=VALUES["anneal"]["constant"], soft=True)
     assert method.needs == Need.OVERSHOOT
     trained(method, storage, 14, lambda step, seen: log.append([active(d) for d in seen.values()]))
     targets = [29, 32, 11]
@@ -423,7 +446,7 @@ def test_no_weight_holds_more_than_twice_its_density(storage: str, caplog: pytes
     """What no weight can take is not grown, and the log says how much."""
     log: list[list[int]] = []
     dense = allocation.explicit({"0": 0.25, "2": 0.5, "4": 1.0})
-    constant = WORDS["anneal"]["constant"]
+    constant = VALUES["anneal"]["constant"]
     method = methods.mest(None, allocate=dense, until=9, interval=3, fraction=1.0, anneal=constant, soft=True)
     with caplog.at_level(logging.WARNING, "regrow"):
         trained(method, storage, 10, lambda step, seen: log.append([active(d) for d in seen.values()]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import regrow
 from regrow.core.draws import Stream
 from regrow.core.method import Method
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME as RECIPES
 from regrow.parts import allocation, drops, growth, redistribution, schedules, scores
 
 Array = NDArray[Any]

@@ -10,7 +10,7 @@ import pytest
 
 from regrow.core.draws import Stream
 from regrow.core.method import Method
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME as RECIPES
 from regrow.parts import allocation, growth, schedules
 from support.paper import (
     LR,

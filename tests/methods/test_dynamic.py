@@ -1,0 +1,191 @@
+"""RigL, SET, SNFS, DST and ITOP against plain NumPy runs: one program, since they are one composition."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+import regrow
+from regrow.core.method import Need
+from regrow.methods import BY_NAME
+from regrow.parts import at_random, by_gradient, mean_momentum
+from support.exchange import PLAIN, VALUES, dynamic_run, library
+from support.paper import History, actual, assert_same, network, sgd
+from support.plain import Changes, cases
+
+RIGL: dict[str, Any] = PLAIN | {
+    "begin": None,
+    "interval": 100,
+    "fraction": 0.3,
+    "anneal": "cosine",
+    "grow": "gradient",
+    "allocate": "erk",
+    "regrow_dropped": "keep",
+    "timing": "instead",
+}
+DST = RIGL | {"timing": "after"}
+PAPERS: dict[str, dict[str, Any]] = {
+    "rigl": RIGL,
+    "set": DST | {"anneal": "constant", "grow": "random", "allocate": "er"},
+    "snfs": DST | {"fraction": 0.5, "grow": "momentum", "redistribute": "momentum", "allocate": "uniform"},
+    "dst": DST,
+    "itop_set": DST | {"fraction": 0.5, "interval": 1500, "grow": "random"},
+    "itop_rigl": DST | {"fraction": 0.5, "interval": 4000},
+}
+"""What the papers say, under the names of the options."""
+
+SHORT: dict[str, dict[str, Any]] = {name: {"density": 0.3, "until": 16, "interval": 3} for name in PAPERS}
+EXPLICIT = {"0.weight": 0.1, "2.weight": 0.5, "5.weight": 0.75}
+ITOP = ["itop_set", "itop_rigl"]
+MANY = {"density": 0.7, "fraction": 0.9}
+
+
+def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
+    return dynamic_run(PAPERS[name] | options, kind, seed)
+
+
+RUNS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in PAPERS),
+    *((name, {"drop": "taylor", "grow": "mixed", "redistribute": "survivors", "density": 0.5}) for name in PAPERS),
+    *(("itop_set", {"grow": g, "anneal": "cosine_to_0.005"}) for g in VALUES["grow"]),
+    *(
+        ("itop_rigl", {"grow": g, "density": 0.45, "fraction": 0.8, "anneal": "constant", "regrow_dropped": "reset"})
+        for g in VALUES["grow"]
+    ),
+    *(
+        ("itop_set", {"grow": g, "density": 0.6, "fraction": 0.6, "regrow_dropped": "forbid", "timing": "instead"})
+        for g in VALUES["grow"]
+    ),
+    ("itop_rigl", {"allocate": "uniform", "begin": 1, "interval": 2}),
+    *(("rigl", {"drop": d, "redistribute": r}) for d in VALUES["drop"] for r in ("magnitude", "momentum")),
+    ("set", {"drop": "global", "redistribute": "nonzeros", "timing": "instead"}),
+    ("set", {"grow": "momentum", "decay": 0.5, "density": 0.8, "redistribute": "momentum"}),
+    ("snfs", {"drop": "per_sign", "grow": "gradient", "decay": 0.0, "regrow_dropped": "reset"}),
+]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize(("name", "options"), RUNS, ids=str)
+def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: str) -> None:
+    """Properties 1, 11, 27, 29 and 33: topologies, values and momentum over a whole run, with every part."""
+    options = SHORT[name] | options
+    for seed in range(2):
+        assert_same(actual(library(name, options), kind, seed), paper(name, options, kind, seed))
+
+
+LATER: dict[str, dict[str, int]] = {
+    "rigl": {"until": 6, "timing": 9},
+    "set": {"until": 12},
+    "snfs": {"timing": 6},
+    "dst": {"timing": 9},
+    "itop_set": {"timing": 6},
+    "itop_rigl": {"timing": 9},
+}
+"""Where an option's first difference is not at the first update."""
+
+
+def options_of(name: str) -> dict[str, Changes]:
+    """The options of all, each with values that differ from the recipe's own."""
+    default, later = PAPERS[name], LATER[name]
+    mean = {} if name == "snfs" else {"grow": "momentum"}
+    moved = {"redistribute": "magnitude"}
+    return {
+        "density": [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT}, 0)],
+        "until": [({"until": 12}, later.get("until", 3))],
+        "begin": [({"begin": 1}, 1), ({"begin": 5}, 3)],
+        "interval": [({"interval": 4}, 3), ({"interval": 2}, 2)],
+        "fraction": [({"fraction": 0.7}, 3), ({"fraction": 0.0}, 3), ({"fraction": 1.0}, 3)],
+        "anneal": [({"anneal": a}, 3) for a in ("constant", "linear", "inverse_power") if a != default["anneal"]],
+        "drop": [({"drop": d}, 3) for d in ("per_sign", "taylor", "global")],
+        "grow": [({"grow": g}, 3) for g in VALUES["grow"] if g != default["grow"]],
+        "redistribute": [
+            *(({"redistribute": r}, 3) for r in ("magnitude", "momentum", None) if r != default["redistribute"]),
+            *(({"redistribute": r}, 3, moved) for r in ("nonzeros", "survivors")),
+        ],
+        "decay": [({"decay": d}, 3, mean) for d in (0.0, 0.5)],
+        "allocate": [({"allocate": a}, 0) for a in ("uniform", "er") if a != default["allocate"]],
+        "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "reset"}, 6, MANY)],
+        "timing": [
+            ({"timing": "after" if default["timing"] == "instead" else "instead"}, later.get("timing", 3)),
+        ],
+    }
+
+
+CASES: dict[str, dict[str, Changes]] = {name: options_of(name) for name in PAPERS}
+
+
+@pytest.mark.parametrize(("name", "change", "first", "both"), cases(CASES))
+def test_an_option_makes_the_difference_that_is_predicted(
+    name: str, change: dict[str, Any], first: int, both: dict[str, Any]
+) -> None:
+    """Property 48: the default and the changed run part at a known step, and the library does both."""
+    plain, changed = SHORT[name] | both, SHORT[name] | both | change
+    default, other = paper(name, plain, "conv", 0), paper(name, changed, "conv", 0)
+    found = actual(library(name, changed), "conv")
+    assert default.first_difference(other) == first
+    assert found.first_difference(default) == first
+    assert_same(found, other)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_what_is_not_given_is_the_papers(name: str) -> None:
+    """Property 48: a default is an option value too."""
+    given = inspect.signature(BY_NAME[name]).parameters
+    for option, word in PAPERS[name].items():
+        assert given[option].default == VALUES.get(option, {}).get(word, word), option
+    assert_same(actual(library(name, SHORT[name])), paper(name, SHORT[name], "mlp", 0))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_needs_follow_from_the_parts(name: str) -> None:
+    record = Need.EXPLORED if name in ITOP else Need.NOTHING
+    reads = {"random": Need.NOTHING, "gradient": Need.GRADIENT, "per_neuron": Need.GRADIENT}
+    reads |= {
+        "unexplored_first": Need.EXPLORED,
+        "mixed": Need.EXPLORED | Need.GRADIENT,
+        "momentum": Need.EVERY_GRADIENT,
+    }
+    for grow, need in reads.items():
+        method = library(name, SHORT[name] | {"grow": grow, "redistribute": None})
+        assert method.needs == record | need
+        assert (method.observe is not None) == (grow == "momentum")
+    method = library(name, SHORT[name] | {"grow": "random", "redistribute": "momentum"})
+    assert method.needs == record | Need.EVERY_GRADIENT | Need.ROOM
+    assert method.observe is not None
+    method = library(name, SHORT[name] | {"grow": "random", "redistribute": "survivors"})
+    assert (method.needs, method.observe) == (record | Need.ROOM, None)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"density": 0.0}, r"density must lie in \(0, 1\], got 0"),
+    ({"fraction": -0.1}, r"the drop fraction must lie in \[0, 1\], got -0.1"),
+    ({"regrow_dropped": "yes"}, "regrow_dropped must be one of keep, reset, forbid, got 'yes'"),
+    ({"timing": "before"}, "timing must be one of instead, after, got 'before'"),
+    ({"decay": 0.5, "grow": at_random, "redistribute": None}, "decay is of a running mean .* reads: leave out 0.5"),
+    ({"decay": 0.5, "grow": by_gradient, "redistribute": None}, "decay is of a running mean .* reads: leave out 0.5"),
+    ({"decay": 1.0, "redistribute": mean_momentum}, r"decay must lie in \[0, 1\), got 1"),
+    ({"decay": -0.1, "redistribute": mean_momentum}, r"decay must lie in \[0, 1\), got -0.1"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), REFUSED, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
+    """Property 48; bug 8: a decay that nothing reads is refused, not ignored."""
+    with pytest.raises(ValueError, match=f"^{name}: {told}"):
+        BY_NAME[name](**(SHORT[name] | change))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("change", [{"until": 3}, {"interval": 0}, {"begin": -2}, {"begin": 16}], ids=str)
+def test_times_at_which_nothing_happens_are_refused(name: str, change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"begin|until|interval"):
+        BY_NAME[name](**(SHORT[name] | change))
+
+
+def test_compressed_storage_refuses_the_record_unless_asked() -> None:
+    model = network("mlp", 0)
+    with pytest.raises(ValueError, match=r"itop_set keeps a record of every position, .* allow_dense=True"):
+        regrow.sparsify(model, sgd(model), BY_NAME["itop_set"](**SHORT["itop_set"]), storage="compressed")
