@@ -426,6 +426,22 @@ def test_one_round_is_snip(name: str) -> None:
     assert all((ours[n] == theirs[n]).all() for n in theirs)
 
 
+@pytest.mark.parametrize("storage", ["masked", "compressed"])
+@pytest.mark.parametrize("name", ["snip_it", "force"])
+def test_dead_entries_are_counted_like_others(name: str, storage: Any) -> None:
+    """A layer that never fires leaves all scores behind it zero, and the threshold too: still exactly as many stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+        model[0].bias[0] = 5.0
+    data = [(torch.randn(7, 6).double(), torch.randint(0, 3, (7,)))]
+    alive = 6 + 3
+    found = masks(sparse(model, RECIPES[name](0.5, rounds=3), data, storage=storage))
+    assert sum(int(m.sum()) for m in found.values()) == 36 > alive
+    assert found["0.weight"][:6].all() and found["2.weight"].reshape(3, 8)[:, 0].all()
+
+
 def asked(name: str, **options: Any) -> list[Array]:
     """What is active when each round asks, and at last, over all weights."""
     model, data = other("norms", 4)

@@ -15,7 +15,7 @@ import regrow
 from regrow import methods
 from regrow.core.method import Method, Need
 from regrow.methods import BY_NAME as RECIPES
-from regrow.parts.allocation import at_least, globally
+from regrow.parts import at_least, globally, mean_momentum, survivors
 from regrow.parts.schedules import constant
 from support.exchange import VALUES, Watch, allocated, drop_and_grow, history, library, with_last
 from support.paper import Arrays, History, Program, actual, assert_same, backward, batches, masks, network, sgd
@@ -181,7 +181,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "until": [({"until": 7}, 3), ({"until": 40}, 3)],
         "allocate": [({"allocate": a}, 3) for a in ("erk", "globally", "layer_adaptive")],
         "last_density": [({"last_density": 0.45}, 6), ({"last_density": 0.9}, 3)],
-        "last_layer": [({"last_layer": "2"}, 3, {"last_density": 0.9})],
+        "last_layer": [({"last_layer": "0"}, 6, {"last_density": 0.6})],
     },
     "gmp_uniform": TIMES
     | {
@@ -358,6 +358,8 @@ def test_dense_phases_are_dense_and_what_comes_back_starts_at_zero() -> None:
     [
         ({"until": 85, "begin": 10, "phase": 5}, [*range(10, 71, 10), 85], range(15, 76, 10)),
         ({"until": 85}, [*range(10, 71, 10), 85], range(15, 76, 10)),
+        ({"until": 34}, [*range(4, 29, 4), 34], range(6, 31, 4)),
+        ({"until": 33}, [*range(2, 31, 2), 33], range(3, 32, 2)),
         ({"until": 170, "begin": 10, "phase": 20}, [10, 50, 90, 130, 170], range(30, 151, 40)),
         ({"until": 4, "begin": 1, "phase": 2}, [1, 4], [3]),
     ],
@@ -401,6 +403,15 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (RAMPS, {"regrow_dropped": "yes"}, "regrow_dropped must be one of keep, reset, forbid, got 'yes'"),
     (ALL[:3], {"last_density": 1.2}, r"last_density must lie in \[0, 1\], got 1.2"),
     (ALL[:3], {"last_density": None, "last_layer": "fc"}, r"last_layer \('fc'\) says where last_density holds"),
+    (
+        ["granet_uniform"],
+        {"redistribute": mean_momentum},
+        r"last_density \(0.45\) holds the last layer",
+    ),
+    (["granet"], {"redistribute": survivors, "last_density": 0.3}, r"last_density \(0.3\) holds the last layer"),
+    (["granet"], {"decay": 0.5}, "decay is of a running mean of gradients, which neither .* leave out 0.5"),
+    (["gmp", "gmp_uniform"], {"density": None}, "give a density, which the allocation only shares out"),
+    (["gmp"], {"last_layer": "2"}, r"last_layer \('2'\) says where last_density holds"),
     (["ac_dc"], {"begin": 11}, r".*begin \(11\) .* phase \(2\) .* until \(13\)"),
     (["ac_dc"], {"begin": 0}, r".*begin \(0\) .* phase \(2\) .* until \(13\)"),
     (["ac_dc"], {"phase": 0}, r".*begin \(0\) .* phase \(0\) .* until \(13\)"),

@@ -644,6 +644,18 @@ def test_outside_the_backward_set_nothing_is_trained() -> None:
         assert torch.equal(weight.state["latent"] != before[weight.name], reached[weight.name])
 
 
+def test_the_backward_set_holds_all_that_is_used_even_where_rounding_gives_it_fewer() -> None:
+    """Top-KAST: of 6, 6 and 2 entries 10 are 4, 4 and 2, and 11 are 5, 5 and 1: the last B gets those of A."""
+    layers = [nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False)]
+    model = nn.Sequential(*layers).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = RECIPES["top_kast"](10 / 14, backward_density=11 / 14)
+    sparsifier = regrow.sparsify(model, optimizer, method)
+    assert [w.topology.nnz for w in sparsifier.weights] == [4, 4, 2]
+    assert [int(w.state["backward"].sum()) for w in sparsifier.weights] == [5, 5, 2]
+    assert all(bool(w.state["backward"][w.topology.mask].all()) for w in sparsifier.weights)
+
+
 def test_a_soft_threshold_reads_no_gradient_of_what_it_hides() -> None:
     """So that a clipped norm is that of the entries that train."""
     model = nets("mlp", 0)

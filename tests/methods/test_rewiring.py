@@ -294,7 +294,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "until": [({"until": 7}, 7)],
         "l1": [({"l1": 0.1}, 1), ({"l1": 0.0}, 6)],
         "noise": [({"noise": 0.1}, 1), ({"noise": 0.0}, 3)],
-        "grow": [({"grow": "gradient"}, 3), ({"grow": "unexplored_first"}, 3)],
+        "grow": [({"grow": "gradient"}, 3), ({"grow": "momentum"}, 3)],
         "redistribute": [({"redistribute": "magnitude"}, 4)],
         "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],

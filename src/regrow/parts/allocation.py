@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -168,16 +168,18 @@ def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
 
     The counts are those that `allocate` gives for the largest total whose multiplications, summed over weights as
     count x uses, are at most that share. So the entries are an outcome, and the density that a table shows is not d.
-    Where every weight has the same uses this is `allocate` itself, and `uniform` at any uses.
+    Where every weight has the same uses this is `allocate` itself; around `uniform` it changes no more than rounding.
 
     Args:
-        uses: glob of a weight's or module's name -> how often one entry is multiplied for an example, above 0: output
-            positions of a convolution, 1 for a linear layer. The first match counts.
+        uses: glob of a weight's or module's name -> how often one entry is multiplied for an example, at least 0: 1 for
+            a linear layer, the output positions for a convolution. The first match counts, and globs that match
+            nothing are ignored, so
+            that {row.name: row.times[0] for row in regrow.metrics.flops(model, x).layers} will do.
         allocate: shares a total among the weights: `erk` for RigL's densities at a FLOP budget.
 
     Raises:
-        ValueError: when a number of uses is not above 0 and finite; from the allocation, for a glob that matches
-            nothing or a weight without uses.
+        ValueError: when a number of uses is negative or not finite; from the allocation, for a weight without uses, or
+            when nothing is ever multiplied.
 
     Source: the rule is this library's; uses are counted as by Evci et al. 2020, Rigging the Lottery, appendix H. Their
     ERK network costs 0.42 of the FLOPs of a dense ResNet-50 at density 0.2, their uniform one 0.23.
@@ -190,11 +192,10 @@ def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
         {'conv': 44, 'fc': 96}
     """
     for pattern, use in uses.items():
-        if not 0 < use < math.inf:
-            raise ValueError(f"by_flops: the uses of {pattern!r} must be finite and above 0, got {use:g}")
+        if not 0 <= use < math.inf:
+            raise ValueError(f"by_flops: the uses of {pattern!r} must be finite and at least 0, got {use:g}")
 
     def budgeted(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
-        _require_matches("by_flops", uses, weights)
         unknown = [w.name for w in weights if _first_match(w.name, uses) is None]
         if unknown:
             raise ValueError(f"by_flops: no uses for {', '.join(unknown)}: add globs")
@@ -202,8 +203,11 @@ def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
             raise ValueError("by_flops: give a density, which is the share of the dense weights' multiplications")
         costs = [Fraction(_first_match(w.name, uses) or 0) for w in weights]
         sizes = [math.prod(w.shape) for w in weights]
+        dense = sum(c * n for c, n in zip(costs, sizes, strict=True))
+        if dense == 0:
+            raise ValueError(f"by_flops: no entry of {', '.join(w.name for w in weights)} is ever multiplied")
         # Fractions, so that a budget which the counts meet exactly is met.
-        budget = Fraction(total, max(1, sum(sizes))) * sum(c * n for c, n in zip(costs, sizes, strict=True))
+        budget = Fraction(total, sum(sizes)) * dense
 
         def fits(entries: int) -> bool:
             found = allocate(weights, scores, entries)
@@ -337,7 +341,7 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
 
     def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
         given = {i: _count(w, d) for i, w in enumerate(weights) if (d := _first_match(w.name, densities)) is not None}
-        _require_matches("explicit", densities, weights)
+        _require_matches(densities, weights)
         others = [i for i in range(len(weights)) if i not in given]
         held = sum(given.values())
         if others and rest is None:
@@ -367,10 +371,10 @@ def _count(weight: Sized, density: float) -> int:
     return min(weight.topology.nnz, math.floor(density * math.prod(weight.shape) + 0.5))
 
 
-def _require_matches(name: str, globs: Iterable[str], weights: Sequence[Sized]) -> None:
-    for pattern in globs:
+def _require_matches(densities: Mapping[str, float], weights: Sequence[Sized]) -> None:
+    for pattern in densities:
         if not any(matches(pattern, w.name) for w in weights):
-            raise ValueError(f"{name}: {pattern!r} matches none of the weights {', '.join(w.name for w in weights)}")
+            raise ValueError(f"explicit: {pattern!r} matches none of the weights {', '.join(w.name for w in weights)}")
 
 
 def counts(allocate: Allocation, shapes: Mapping[str, tuple[int, ...]], density: float | None) -> dict[str, int]:
