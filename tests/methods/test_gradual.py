@@ -15,7 +15,8 @@ import regrow
 from regrow import methods
 from regrow.core.method import Method, Need
 from regrow.methods import BY_NAME as RECIPES
-from regrow.parts import at_least, globally, mean_momentum, survivors
+from regrow.metrics import flops
+from regrow.parts import at_least, by_flops, globally, mean_momentum, survivors
 from regrow.parts.schedules import constant
 from support.exchange import VALUES, Watch, allocated, drop_and_grow, history, library, with_last
 from support.paper import Arrays, History, Program, actual, assert_same, backward, batches, masks, network, sgd
@@ -312,6 +313,31 @@ def test_a_layer_may_empty_under_global_pruning_and_at_least_prevents_it() -> No
         counts[label] = {n: int(m.sum()) for n, m in masks(sparsifier).items()}
     assert counts["free"]["2.weight"] < 3 <= counts["guarded"]["2.weight"]
     assert sum(counts["free"].values()) == sum(counts["guarded"].values()) == math.floor(0.1 * 240 + 0.5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_a_budget_in_flops_is_met_at_every_pruning(scale: float) -> None:
+    """Whether the entries that stay are cheap ones or dear ones, so more or fewer of them than the density says."""
+    model = network("conv", 0)
+    with torch.no_grad():
+        model[0].weight *= scale
+    rows = flops(model, torch.zeros(1, 2, 5, 5).double()).layers
+    uses = {row.name: row.times[0] for row in rows}
+    assert uses == {"0.weight": 9, "2.weight": 4, "5.weight": 1}
+    dense = sum(math.prod(row.shape) * uses[row.name] for row in rows)
+    optimizer = sgd(model)
+    method = methods.gmp(0.2, until=13, interval=3, allocate=by_flops(uses, globally))
+    sparsifier = regrow.sparsify(model, optimizer, method)
+    for step, batch in enumerate(batches("conv", 0), start=1):
+        backward(model, batch)
+        optimizer.step()
+        cost = sum(uses[n] * int(m.sum()) for n, m in masks(sparsifier).items())
+        if method.due(step):
+            share = 0.2 + 0.8 * (1 - step / 13) ** 3
+            entries = sum(math.prod(row.shape) for row in rows)
+            budget = math.floor(share * entries + 0.5) / entries * dense
+            assert budget - 9 < cost <= budget
+    assert (sparsifier.density < 0.2) == (scale > 1)
 
 
 @pytest.mark.parametrize("name", ["granet_uniform", "gmp_uniform"])
