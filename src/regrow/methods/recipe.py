@@ -31,7 +31,8 @@ SHARED: dict[str, str] = {
     "grow": "where entries appear: `by_gradient`, `at_random`, `by_momentum`, `unexplored_first`, or any other growth.",
     "redistribute": "each weight's share of all that was dropped: `mean_momentum`, `mean_magnitude`, `nonzeros`, "
     "`survivors`, or None to give every weight back what it lost. What a full weight cannot take goes to the others.",
-    "decay": "of the running mean of gradients, in [0, 1), where `grow` or `redistribute` reads it; 0.9 where it is not given.",
+    "decay": "of the running mean of gradients, in [0, 1), where `grow` or `redistribute` reads it; 0.9 where it is "
+    "not given.",
     "allocate": "how the active entries are shared among the weights: `uniform`, `er`, `erk`, densities by name, or "
     "where entries are ranked `globally` or `layer_adaptive`.",
     "regrow_dropped": '"keep", "reset" or "forbid" entries that are dropped and would grow again at once.',

@@ -28,8 +28,8 @@ from regrow.core.weight import Sized, SparseWeight, Weights
 def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> list[int]:
     """Integers proportional to `shares`, none above its `capacity`, that sum to exactly `total`.
 
-    What a full place cannot hold goes to the others in proportion; where all shares left are zero, in proportion
-    to capacity. Fractions become integers by largest remainder (then larger share, larger capacity, earlier).
+    What a full place cannot hold goes to the others in proportion to their shares, or to their capacity when all of
+    these shares are zero. Fractions become integers by largest remainder (then larger share, larger capacity, earlier).
 
     Args:
         shares: (n,) numbers >= 0.
@@ -231,8 +231,8 @@ def at_least(minimum: int, allocate: Allocation) -> Allocation:
 def last_at_least(density: float, layer: str | None, allocate: Allocation) -> Allocation:
     """`allocate`, except that one layer, commonly the last, never falls below `density` (or all it holds).
 
-    With `uniform` and density d overall, the others get the density (d N - density n) / (N - n) as soon as d falls
-    below `density`, with n entries in that layer and N in all.
+    Let that layer have n entries of N in all. With `uniform` and an overall density d below `density`, the others get
+    the density (d N - density n) / (N - n).
 
     Args:
         density: the least density of that layer, in [0, 1].

@@ -84,11 +84,12 @@ def lowest_globally(score: Score) -> Drop:
 
 
 def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
-    """Drop all and only the entries with |w| <= tau, one tau for the network, which follows what is asked for.
+    """Drop the entries with |w| <= tau and no others. The network has one tau, which adapts to the drop fraction.
 
-    How many are dropped is what tau says; `drop_and_grow` grows as many. Where fewer than (1 - tolerance) of the
-    expected sum of floor(fraction nnz) went, tau is doubled for the next time, where more than (1 + tolerance), halved.
-    A weight keeps its largest entry at least. One whose fraction is 0 loses nothing and is expected to lose nothing.
+    tau decides how many are dropped, and `drop_and_grow` grows as many. The expected number is the sum of
+    floor(fraction nnz). If fewer than (1 - tolerance) of it were dropped, tau is doubled for the next time; if more
+    than (1 + tolerance), tau is halved. A weight always keeps its largest entry. A weight whose fraction is 0 loses
+    nothing and is expected to lose nothing.
 
     tau is remembered as `DROP_THRESHOLD` of every weight, beside how often it was used.
 

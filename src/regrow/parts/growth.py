@@ -51,8 +51,8 @@ def at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
 def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
     """Positions drawn uniformly among those never active, and only then among the others; a `Growth`.
 
-    Where fewer than `count` are left that were never active, all of them grow, and the rest is drawn uniformly among
-    the others outside `taken`. What was dropped a moment ago was active, so it counts among the others.
+    If fewer than `count` positions were never active, all of these grow, and the rest is drawn uniformly among the
+    others outside `taken`. An entry that was just dropped was active, so it is one of the others.
 
     Raises:
         ValueError: when the method keeps no record of explored positions, naming the weight.
@@ -177,8 +177,8 @@ def highest_per_neuron(field: Field) -> Growth:
 def sampled_gradient(gamma: float) -> Growth:
     """Grow where |gradient| is largest among floor(gamma nnz) candidates drawn uniformly outside the taken entries.
 
-    There are never fewer candidates than entries to grow, nor more than there are. The gradient is read at the
-    candidates alone. Equal values go to the lower position.
+    There are at least as many candidates as entries to grow, and at most as many as there are free positions. The
+    gradient is read at the candidates alone. Equal values go to the lower position.
 
     Args:
         gamma: candidates per active entry, finite and at least 0.
@@ -202,7 +202,7 @@ def sampled_gradient(gamma: float) -> Growth:
 
 
 def mixed(first: Growth, second: Growth, share: float) -> Growth:
-    """floor(share count) positions by `first`, the rest by `second` outside of what the first took.
+    """Choose floor(share count) positions by `first`, and the rest by `second` among what is left.
 
     Args:
         first: places its part as if alone.

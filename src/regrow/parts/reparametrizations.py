@@ -120,7 +120,7 @@ def start_by(update: Update) -> Start:
 
 
 def straight_through(parts: Parts) -> Tensor:
-    """The latent values themselves; outside the topology the weight is zero, and the gradient as if it were not.
+    """The latent values themselves. The weight is zero outside the topology; the gradient passes as if it were not.
 
     Source: Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, section 4.
     """

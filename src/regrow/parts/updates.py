@@ -74,8 +74,9 @@ def drop_and_grow(
         grow: where new entries appear.
         redistribute: each weight's share of all that was dropped, limited by the room it has; None gives every
             weight back what it lost.
-        regrow_dropped: an entry that is dropped and grown at once may "keep" value and optimizer state (as in the
-            code of RigL), have them "reset" to zero, or be "forbid"den; then no more is dropped than can be grown.
+        regrow_dropped: what happens to an entry that is dropped and would grow again at once. "keep" leaves its value
+            and optimizer state as they are (as in the code of RigL), "reset" sets them to zero, and "forbid" grows
+            others in its place; then no more is dropped than can be grown.
 
     A weight that the last backward did not reach is left as it is, with a line in the log `regrow`.
 
@@ -142,7 +143,7 @@ def _room(taken: Topology) -> int:
 
 
 def _within(weight: SparseWeight, kept: Topology, room: int) -> Topology:
-    """`kept` with as many of the dropped back as cannot be grown elsewhere, lowest positions first."""
+    """`kept`, and the dropped entries that no free position can replace: the ones at the lowest positions come back."""
     dropped = weight.topology.without(kept)
     return kept.add(dropped[: max(0, dropped.numel() - room)])
 

@@ -23,7 +23,8 @@ def force(density: float | None, *, rounds: int = 20, allocate: Allocation = glo
         ValueError: from `regrow.sparsify`, without `batches` and `loss`.
 
     Source: de Jorge et al. 2021, Progressive Skeletonization: Trimming more fat from a network at initialization,
-    Algorithm 1 with the exponential schedule of section 4. Every round reads all `batches`, in the code a new sample.
+    Algorithm 1 with the exponential schedule of section 4. Every round reads all `batches`; the
+    code draws a new sample.
 
     Examples:
         >>> force(0.01).start.needs_batches

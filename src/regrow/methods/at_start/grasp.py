@@ -19,11 +19,11 @@ def grasp(density: float | None, *, allocate: Allocation = globally) -> Method:
     Raises:
         ValueError: from `regrow.sparsify`, without `batches` and `loss`.
 
-    Source: Wang et al. 2020, Picking Winning Tickets Before Training by Preserving Gradient Flow, Algorithm 1. There
-    is no temperature here, as nothing knows the logits: the code's 200 is written into the caller's `loss`, as
-    cross_entropy(logits / 200, y). Nor is a sample of each class drawn: give `batches` that hold 10 or more of each.
-    g is the mean over all of them before H is asked for, so their order does not matter. Counts are exact, and no
-    layer is drawn anew.
+    Source: Wang et al. 2020, Picking Winning Tickets Before Training by Preserving Gradient Flow, Algorithm 1. There is
+    no temperature here, since the library does not know the logits: write the code's 200 into `loss`, as
+    cross_entropy(logits / 200, y). The library draws no sample of each class either: give `batches` that hold 10 or
+    more of each. g is the mean over all of them before H is asked for, so their order does not matter. Counts are
+    exact, and no layer is drawn anew.
 
     Examples:
         >>> grasp(0.1).start.needs_batches

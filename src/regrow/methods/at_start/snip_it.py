@@ -8,7 +8,7 @@ from regrow.parts import Allocation, Method, connection_sensitivity, globally, i
 
 @recipe
 def snip_it(density: float | None, *, rounds: int = 5, allocate: Allocation = globally) -> Method:
-    """SNIP-it: SNIP in rounds, each of which judges the network that the round before has left.
+    """SNIP-it: SNIP in rounds; each round judges the network that the round before has left.
 
     In round k of n the entries of highest |w g| among the active ones are kept, down to density^(k / n), with g the
     mean gradient over `batches` of the network pruned so far. What is pruned stays pruned.

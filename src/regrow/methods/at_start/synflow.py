@@ -26,8 +26,8 @@ def synflow(density: float | None, *, rounds: int = 100, allocate: Allocation = 
         ValueError: from `regrow.sparsify`, without `batches` and `loss`, or for a model whose inputs are all integers.
 
     Source: Tanaka et al. 2020, Pruning neural networks without any data by iteratively conserving synaptic flow,
-    Algorithm 1, in evaluation mode and in double precision as in its code, which takes one example of ones and the
-    absolute values of running means too.
+    Algorithm 1, with one example of ones, in evaluation mode and in double precision as in its code. The code takes
+    absolute values of running means too; here buffers stay as they are.
 
     Examples:
         >>> synflow(0.01).start.needs_batches

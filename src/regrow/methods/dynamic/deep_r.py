@@ -55,7 +55,7 @@ def deep_r(
         noise: standard deviation of the noise of a step, at least 0: the paper's sqrt(2 eta T).
 
     Source: Bellec et al. 2018, Deep Rewiring: Training very sparse deep networks, Algorithm 1. In the paper eta is the
-    learning rate; here l1 and noise are those of a step and stay what they are (the defaults are those of the published
+    learning rate; here l1 and noise are those of one step and do not follow it (the defaults are those of the published
     code in its first epoch, 1e-5 times its learning rate of 0.5). First values are the modules' own with the sign of
     their position. The gradient's part of the step is the optimizer's, momentum included. New entries start at 0, in
     the code at 1e-12.

@@ -76,11 +76,13 @@ def srigl(
     Raises:
         ValueError: from `regrow.sparsify`, where a weight gets fewer entries than it has neurons.
 
-    Source: Lasby et al. 2024, Dynamic Sparse Training with Structured Sparsity, section 3.1. Salience is judged anew
-    at every update, as there, so that a neuron may come back. Counts are exact, where the code rounds them to equal
-    fan-ins; k is the present fan-in and not rounded. Growth may choose what was just dropped, as in RigL, and a neuron
-    that keeps more than its share loses its smallest magnitudes, where the code takes any. So many neurons
-    stay that they hold the weight's entries. The last weight is left out as in the code.
+    Source: Lasby et al. 2024, Dynamic Sparse Training with Structured Sparsity, section 3.1. Salience is judged anew at
+    every update, as there, so that a neuron may come back. Counts are exact, where the code rounds them to equal
+    fan-ins. k is the present fan-in and ablation x k is not rounded, where the code rounds down, to 1 at least;
+    growth's salient entries lie outside of what is kept, where the code takes the largest gradients anywhere. So more
+    neurons go here at small fan-ins. Growth may choose what was just dropped, as in RigL. A neuron that keeps more than
+    its share loses its smallest magnitudes, where the code takes any. At least as many neurons stay as it takes to hold
+    the weight's entries. The last weight is left out as in the code.
 
     Examples:
         >>> method = srigl(0.1, until=350)

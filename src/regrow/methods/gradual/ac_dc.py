@@ -36,9 +36,9 @@ def ac_dc(
 ) -> Method:
     """AC/DC: alternate sparse and dense phases, from dense to sparse.
 
-    Training is dense until `begin`. Then sparse phases, at whose start the smallest magnitudes are pruned, and dense
-    phases, at whose start every entry becomes active again, at zero, take turns. The phase before `until` is dense,
-    if need be a longer one; from `until` on the network stays sparse.
+    Training is dense until `begin`. Then sparse and dense phases take turns. A sparse phase begins by pruning the
+    smallest magnitudes; a dense one begins by making every entry active again, at zero. The phase before `until` is
+    dense, and longer than the others if it must be. From `until` on the network stays sparse.
 
     Args:
         density: active share of the sparsified entries in sparse phases, in (0, 1].

@@ -110,8 +110,8 @@ def granet() -> None:
 def granet_uniform() -> None:
     """GraNet with the same density in every layer, except that the last one is not pruned below a fifth.
 
-    It is `granet` with other defaults for `allocate` and `last_density`. With a start below density 1 a layer cannot
-    gain what it does not hold: what is missing there stays in the others, so that the total follows the ramp exactly.
+    It is `granet` with other defaults for `allocate` and `last_density`. A layer that starts sparser
+    than its share cannot gain entries; the others then keep more, so that the total follows the ramp exactly.
 
     Args:
         density: final active share of the sparsified entries, in (0, 1].

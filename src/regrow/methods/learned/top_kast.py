@@ -36,8 +36,8 @@ def top_kast(
 ) -> Method:
     """Top-KAST: use the largest magnitudes, train these and the next largest.
 
-    A is the share `density` of largest magnitudes, which the model uses; B, the share `backward_density`, contains it
-    and is what gradients reach. The penalty on a latent value v is |v| in A, |v| / density in the rest of B, else 0.
+    A is the share `density` of largest magnitudes, which the model uses. B, the share `backward_density`, contains A;
+    gradients reach B alone. The penalty on a latent value v is |v| in A, |v| / density in the rest of B, else 0.
 
     Args:
         density: active share of the sparsified entries (the paper's D), in (0, 1].
