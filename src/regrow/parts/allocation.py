@@ -168,6 +168,7 @@ def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
 
     The counts are those that `allocate` gives for the largest total whose multiplications, summed over weights as
     count x uses, are at most that share. So the entries are an outcome, and the density that a table shows is not d.
+    `allocate` is asked about log2(entries) times.
     Where every weight has the same uses this is `allocate` itself; around `uniform` it changes no more than rounding.
 
     Args:
