@@ -21,7 +21,7 @@ from regrow.core.topology import Topology
 from regrow.core.weight import Weights
 from regrow.parts.allocation import uniform
 from regrow.parts.growth import at_random
-from regrow.parts.observers import momentum
+from regrow.parts.observers import keep_momentum
 from regrow.parts.schedules import constant
 from regrow.parts.starts import random_topology
 from regrow.parts.updates import drop_and_grow, every
@@ -200,7 +200,7 @@ class Observed:
             "m",
             random_topology(density, uniform),
             every(2, update, until=9),
-            observe=momentum(DECAY),
+            observe=keep_momentum(DECAY),
             needs=Need.EVERY_GRADIENT | Need.EXPLORED | Need.ROOM,
         )
         self.sparsifier = regrow.sparsify(self.model, self.optimizer, method, storage=storage, allow_dense=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME
 from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
 from support.paper import History, actual, assert_same, counts_of, history, library, start
 
@@ -47,4 +47,4 @@ def test_an_option_makes_the_difference_that_is_predicted(
 def test_a_wrong_density_is_refused_by_name(density: float) -> None:
     """Property 48."""
     with pytest.raises(ValueError, match=rf"^static: density must lie in \(0, 1\], got {density:g}"):
-        RECIPES["static"](density)
+        BY_NAME["static"](density)

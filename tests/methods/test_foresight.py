@@ -19,7 +19,7 @@ import regrow
 from regrow import methods
 from regrow.core.topology import Topology
 from regrow.engine.probe import BatchProbe
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME
 from regrow.parts.allocation import at_least, explicit, globally, uniform
 from regrow.parts.rounds import synaptic_flow
 from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
@@ -277,7 +277,7 @@ def test_an_option_makes_the_difference_that_is_predicted(
 @pytest.mark.parametrize("name", SHORT)
 def test_what_is_not_given_is_the_default(name: str) -> None:
     """Property 48: a default is an option value too."""
-    parameters = inspect.signature(RECIPES[name]).parameters
+    parameters = inspect.signature(BY_NAME[name]).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     assert defaults == DEFAULTS[name] | ({"allocate": globally} if "allocate" in defaults else {})
     density = {"density": SHORT[name]["density"]}
@@ -400,9 +400,25 @@ def test_grasp_removes_what_would_raise_the_gradient_most() -> None:
 def test_one_round_is_snip(name: str) -> None:
     model, data = other("norms", 3)
     twin = copy.deepcopy(model)
-    ours = masks(sparse(model, RECIPES[name](0.2, rounds=1), data))
+    ours = masks(sparse(model, BY_NAME[name](0.2, rounds=1), data))
     theirs = masks(sparse(twin, methods.snip(0.2), data))
     assert all((ours[n] == theirs[n]).all() for n in theirs)
+
+
+@pytest.mark.parametrize("storage", ["masked", "compressed"])
+@pytest.mark.parametrize("name", ["snip_it", "force"])
+def test_dead_entries_are_counted_like_others(name: str, storage: Any) -> None:
+    """A layer that never fires leaves all scores behind it zero, and the threshold too: still exactly as many stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+        model[0].bias[0] = 5.0
+    data = [(torch.randn(7, 6).double(), torch.randint(0, 3, (7,)))]
+    alive = 6 + 3
+    found = masks(sparse(model, BY_NAME[name](0.5, rounds=3), data, storage=storage))
+    assert sum(int(m.sum()) for m in found.values()) == 36 > alive
+    assert found["0.weight"][:6].all() and found["2.weight"].reshape(3, 8)[:, 0].all()
 
 
 def asked(name: str, **options: Any) -> list[Array]:
@@ -415,7 +431,7 @@ def asked(name: str, **options: Any) -> list[Array]:
         seen.append(np.concatenate(parts))
         return loss_of(model, batch)
 
-    method = RECIPES[name](0.1, **options)
+    method = BY_NAME[name](0.1, **options)
     sparsifier = regrow.sparsify(model, sgd(model), method, batches=data[:1], loss=loss)
     return [*seen, np.concatenate(list(masks(sparsifier).values()))]
 
@@ -496,7 +512,7 @@ def test_snip_empties_layers_where_synflow_leaves_a_path(caplog: pytest.LogCaptu
         model, data = deep()
         with caplog.at_level(logging.WARNING, "regrow"):
             caplog.clear()
-            found = masks(sparse(model, RECIPES[name](density), data))
+            found = masks(sparse(model, BY_NAME[name](density), data))
         assert sum(int(m.sum()) for m in found.values()) == 12
         emptied[name] = [n for n, m in found.items() if not m.any()]
         if name == "synflow":
@@ -527,7 +543,7 @@ def test_the_flow_of_all_layers_is_the_same() -> None:
 @pytest.mark.parametrize("name", ["snip_it", "grasp", "force", "synflow"])
 def test_a_guarded_allocation_keeps_every_layer(name: str) -> None:
     model, data = deep()
-    found = masks(sparse(model, RECIPES[name](12 / 12840, allocate=at_least(1, globally)), data))
+    found = masks(sparse(model, BY_NAME[name](12 / 12840, allocate=at_least(1, globally)), data))
     assert all(m.any() for m in found.values()) and sum(int(m.sum()) for m in found.values()) == 12
 
 
@@ -546,7 +562,7 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
 def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
     """Property 48."""
     with pytest.raises(ValueError, match=f"^{name}: {told}"):
-        RECIPES[name](**(SHORT[name] | change))
+        BY_NAME[name](**(SHORT[name] | change))
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -563,7 +579,7 @@ def test_batches_are_required_and_may_not_run_out(name: str) -> None:
     with pytest.raises(ValueError, match="batches= is empty"):
         sparse(model, method, [])
     with pytest.raises(ValueError, match="makes none of the 186 sparsified ones active"):
-        sparse(model, RECIPES[name](0.001), data)
+        sparse(model, BY_NAME[name](0.001), data)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert sparse(model, method, data).started
 
@@ -600,5 +616,5 @@ def test_uniform_gives_every_layer_its_share() -> None:
     """Property 30: the layer-wise option has exact counts."""
     for name in ("snip_it", "grasp", "synflow", "force"):
         model, data = other("norms", 0)
-        found = masks(sparse(model, RECIPES[name](0.5, allocate=uniform), data))
+        found = masks(sparse(model, BY_NAME[name](0.5, allocate=uniform), data))
         assert [int(m.sum()) for m in found.values()] == [45, 30, 18]

@@ -1,4 +1,4 @@
-"""GraNet, its uniform variants and AC/DC against plain NumPy runs, and what their densities must do."""
+"""Gradual pruning, GraNet and AC/DC against plain NumPy runs, and what their densities must do."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from torch import nn
 import regrow
 from regrow import methods
 from regrow.core.method import Method, Need
-from regrow.methods import RECIPES
-from regrow.parts.allocation import at_least, globally
+from regrow.methods import BY_NAME
+from regrow.metrics import flops
+from regrow.parts import at_least, by_flops, globally, mean_momentum, survivors
 from regrow.parts.schedules import constant
 from support.cases import Changes, cases, require_predicted_difference
+from support.dynamics import DROPS, Watch, drop_and_grow
 from support.paper import (
     Arrays,
     History,
     Program,
     actual,
-    annealed,
     assert_same,
     backward,
     batches,
-    exchange,
     history,
     keep_largest,
     library,
     masks,
+    meant,
     network,
     progress,
     regular,
     sgd,
+    shared,
     start,
-    top,
     total_of,
     with_last,
 )
@@ -50,6 +51,10 @@ PAPERS: dict[str, dict[str, Any]] = {
         "interval": 1000,
         "fraction": 0.5,
         "anneal": "cosine_to_0.005",
+        "drop": "lowest",
+        "grow": "gradient",
+        "redistribute": None,
+        "decay": None,
         "init_allocate": "erk",
         "allocate": "globally",
         "last_density": None,
@@ -60,11 +65,13 @@ PAPERS: dict[str, dict[str, Any]] = {
     "ac_dc": {"begin": None, "phase": None, "allocate": "globally", "timing": "after"},
 }
 PAPERS["granet_uniform"] = PAPERS["granet"] | {"allocate": "uniform", "last_density": 0.2}
-PAPERS["gmp_uniform"] = PAPERS["granet_uniform"] | {"init_density": 1.0, "fraction": None}
+PAPERS["gmp"] = PAPERS["granet"] | {"init_density": 1.0, "fraction": None, "allocate": "uniform"}
+PAPERS["gmp_uniform"] = PAPERS["gmp"] | {"last_density": 0.2}
 
 SHORT: dict[str, dict[str, Any]] = {
     "granet": {"density": 0.3, "until": 15, "interval": 3},
     "granet_uniform": {"density": 0.3, "until": 15, "interval": 3, "last_density": 0.45},
+    "gmp": {"density": 0.3, "until": 13, "interval": 3},
     "gmp_uniform": {"density": 0.3, "until": 13, "interval": 3, "last_density": 0.45},
     "ac_dc": {"density": 0.3, "until": 13, "phase": 2},
 }
@@ -72,12 +79,16 @@ SHORT: dict[str, dict[str, Any]] = {
 
 def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
     given = PAPERS[name] | options
-    return ac_dc_run(given, kind, seed) if name == "ac_dc" else granet_run(name, given, kind, seed)
+    return ac_dc_run(given, kind, seed) if name == "ac_dc" else granet_run(given, kind, seed)
 
 
-def granet_run(name: str, o: dict[str, Any], kind: str, seed: int) -> History:
-    """Prune along the ramp, then exchange, at every interval; the ramp's end is met by pruning alone."""
-    end = o["prune_until"] or (o["until"] if name == "gmp_uniform" else o["until"] // 2)
+def granet_run(o: dict[str, Any], kind: str, seed: int) -> History:
+    """Prune along the ramp, then exchange, at every interval; the ramp's end is met by pruning alone.
+
+    Gradual magnitude pruning is the ramp alone, to `until`: a fraction of None.
+    """
+    end = o["prune_until"] or (o["until"] if o["fraction"] is None else o["until"] // 2)
+    watch = Watch(o["decay"])
 
     def update(run: Program, g: Arrays) -> None:
         if run.step <= end:
@@ -86,13 +97,13 @@ def granet_run(name: str, o: dict[str, Any], kind: str, seed: int) -> History:
             total = min(total_of(run, density), sum(int(m.sum()) for m in run.mask.values()))
             keep_largest(run, with_last(run, o["allocate"], total, o["last_layer"], o["last_density"]))
         if regular(o, run.step) and o["fraction"] is not None:
-            exchange(run, annealed(o, run.step), o["regrow_dropped"], lambda n, free, k: top(np.abs(g[n]), k, free))
+            drop_and_grow(o, watch)(run, g)
 
     def counts(run: Program) -> list[int]:
         return with_last(run, o["init_allocate"], total_of(run, o["init_density"]), o["last_layer"], o["last_density"])
 
     run = start(kind, seed, None if o["init_density"] == 1 else counts, o["regrow_dropped"])
-    return history(run, kind, lambda step: regular(o, step) or step == end, update, o["timing"])
+    return history(run, kind, lambda step: regular(o, step) or step == end, update, o["timing"], watch)
 
 
 def ac_dc_run(o: dict[str, Any], kind: str, seed: int) -> History:
@@ -106,7 +117,7 @@ def ac_dc_run(o: dict[str, Any], kind: str, seed: int) -> History:
 
     def update(run: Program, g: Arrays) -> None:
         if switches[run.step] == "sparse":
-            keep_largest(run, with_last(run, o["allocate"], total_of(run, o["density"]), None, None))
+            keep_largest(run, shared(run, o["allocate"], total_of(run, o["density"]), run.sparse))
         else:
             run.mask = {n: np.ones_like(m) for n, m in run.mask.items()}
 
@@ -121,10 +132,19 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("granet", {"allocate": "erk", "init_allocate": "uniform", "begin": 2, "interval": 4, "anneal": "linear"}),
     ("granet", {"last_density": 0.6, "last_layer": "0"}),
     ("granet", {"interval": 1, "prune_until": 2, "density": 0.05}),
+    *(("granet", {"drop": d, "grow": "momentum", "redistribute": "magnitude"}) for d in DROPS),
+    ("granet", {"grow": "mixed", "redistribute": "momentum", "decay": 0.5, "init_density": 1.0, "timing": "instead"}),
+    ("granet_uniform", {"grow": "random", "drop": "taylor"}),
     ("granet_uniform", {}),
     ("granet_uniform", {"init_density": 1.0, "prune_until": 15}),
     ("granet_uniform", {"last_density": None}),
     ("granet_uniform", {"last_density": 0.9, "init_density": 0.4, "timing": "instead"}),
+    *(("gmp", {"allocate": a}) for a in ("uniform", "erk", "globally", "layer_adaptive")),
+    ("gmp", {"allocate": "globally", "timing": "instead"}),
+    ("gmp", {"interval": 5, "begin": 2}),
+    ("gmp", {"last_density": 0.6, "last_layer": "0", "allocate": "erk"}),
+    ("granet", {"allocate": "layer_adaptive"}),
+    ("granet_uniform", {"allocate": "layer_adaptive", "init_density": 1.0, "interval": 2}),
     ("gmp_uniform", {}),
     ("gmp_uniform", {"begin": 2, "interval": 5, "timing": "instead"}),
     ("gmp_uniform", {"last_density": None}),
@@ -159,20 +179,41 @@ GRANET: dict[str, Changes] = TIMES | {
         ({"anneal": "cosine"}, 12, {"fraction": 0.55}),
     ],
     "init_allocate": [({"init_allocate": "uniform"}, 0)],
+    "drop": [({"drop": "per_sign"}, 3), ({"drop": "taylor"}, 3), ({"drop": "global"}, 3)],
+    "grow": [({"grow": "random"}, 3), ({"grow": "momentum"}, 3)],
+    "decay": [({"decay": 0.0}, 3, {"grow": "momentum"}), ({"decay": 0.5}, 3, {"grow": "momentum"})],
     "last_layer": [({"last_layer": "0.weight", "last_density": 0.7}, 0)],
     "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "reset"}, 6)],
 }
+FREE = {"last_density": None}
 CASES: dict[str, dict[str, Changes]] = {
     "granet": GRANET
     | {
-        "allocate": [({"allocate": "uniform"}, 3), ({"allocate": "erk"}, 3)],
+        "allocate": [({"allocate": a}, 3) for a in ("uniform", "erk", "layer_adaptive")],
+        "redistribute": [({"redistribute": "magnitude"}, 3), ({"redistribute": "momentum"}, 3)],
         "last_density": [({"last_density": 0.9}, 0), ({"last_density": 0.65}, 3)],
     },
-    "granet_uniform": GRANET | {"last_density": [({"last_density": 0.9}, 0), ({"last_density": None}, 3)]},
+    "granet_uniform": GRANET
+    | {
+        "allocate": [({"allocate": "globally"}, 3), ({"allocate": "erk"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 3, FREE), ({"redistribute": "momentum"}, 3, FREE)],
+        "last_density": [({"last_density": 0.9}, 0), ({"last_density": None}, 3)],
+    },
+    "gmp": TIMES
+    | {
+        "density": [({"density": 0.2}, 3), ({"density": 0.5}, 3)],
+        "interval": [({"interval": 4}, 3), ({"interval": 6}, 3), ({"interval": 2}, 2)],
+        "begin": [({"begin": 1}, 3), ({"begin": 5}, 3)],
+        "until": [({"until": 7}, 3), ({"until": 40}, 3)],
+        "allocate": [({"allocate": a}, 3) for a in ("erk", "globally", "layer_adaptive")],
+        "last_density": [({"last_density": 0.45}, 6), ({"last_density": 0.9}, 3)],
+        "last_layer": [({"last_layer": "0"}, 6, {"last_density": 0.6})],
+    },
     "gmp_uniform": TIMES
     | {
         "begin": [({"begin": 1}, 3), ({"begin": 5}, 3)],
         "until": [({"until": 7}, 3), ({"until": 14}, 3)],
+        "allocate": [({"allocate": "erk"}, 3), ({"allocate": "globally"}, 3)],
         "last_density": [({"last_density": None}, 6), ({"last_density": 0.9}, 3)],
         "last_layer": [({"last_layer": "2"}, 6)],
     },
@@ -195,12 +236,12 @@ def test_an_option_makes_the_difference_that_is_predicted(
     require_predicted_difference(name, paper, SHORT[name], change, first, both)
 
 
-@pytest.mark.parametrize("name", ["granet", "granet_uniform", "gmp_uniform", "ac_dc"])
+@pytest.mark.parametrize("name", ["granet", "granet_uniform", "gmp", "gmp_uniform", "ac_dc"])
 def test_what_is_not_given_is_the_papers(name: str) -> None:
     """Property 48: a default is an option value too."""
-    given = inspect.signature(RECIPES[name]).parameters
-    for option in set(given) & {"begin", "interval", "fraction", "init_density", "last_density", "last_layer", "phase"}:
-        assert given[option].default == PAPERS[name][option], option
+    given = inspect.signature(BY_NAME[name]).parameters
+    for option in set(given) & set(PAPERS[name]):
+        assert given[option].default == meant(option, PAPERS[name][option]), option
     options = {k: v for k, v in SHORT[name].items() if k != "last_density"}
     assert_same(actual(library(name, options)), paper(name, options, "mlp", 0))
 
@@ -215,7 +256,7 @@ def test_the_density_follows_the_ramp_and_then_stays(
     model = network("mlp", 0)
     numel = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     optimizer = sgd(model)
-    method = RECIPES[name](
+    method = BY_NAME[name](
         0.1, until=16, prune_until=prune_until, interval=interval, init_density=init_density, last_density=None
     )
     sparsifier = regrow.sparsify(model, optimizer, method)
@@ -294,6 +335,31 @@ def test_a_layer_may_empty_under_global_pruning_and_at_least_prevents_it() -> No
     assert sum(counts["free"].values()) == sum(counts["guarded"].values()) == math.floor(0.1 * 240 + 0.5)
 
 
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_a_budget_in_flops_is_met_at_every_pruning(scale: float) -> None:
+    """Whether the entries that stay are cheap ones or dear ones, so more or fewer of them than the density says."""
+    model = network("conv", 0)
+    with torch.no_grad():
+        model[0].weight *= scale
+    rows = flops(model, torch.zeros(1, 2, 5, 5).double()).layers
+    uses = {row.name: row.times[0] for row in rows}
+    assert uses == {"0.weight": 9, "2.weight": 4, "5.weight": 1}
+    dense = sum(math.prod(row.shape) * uses[row.name] for row in rows)
+    optimizer = sgd(model)
+    method = methods.gmp(0.2, until=13, interval=3, allocate=by_flops(uses, globally))
+    sparsifier = regrow.sparsify(model, optimizer, method)
+    for step, batch in enumerate(batches("conv", 0), start=1):
+        backward(model, batch)
+        optimizer.step()
+        cost = sum(uses[n] * int(m.sum()) for n, m in masks(sparsifier).items())
+        if method.due(step):
+            share = 0.2 + 0.8 * (1 - step / 13) ** 3
+            entries = sum(math.prod(row.shape) for row in rows)
+            budget = math.floor(share * entries + 0.5) / entries * dense
+            assert budget - 9 < cost <= budget
+    assert (sparsifier.density < 0.2) == (scale > 1)
+
+
 @pytest.mark.parametrize("name", ["granet_uniform", "gmp_uniform"])
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3])
 def test_the_last_layer_keeps_a_fifth(name: str, density: float) -> None:
@@ -301,7 +367,7 @@ def test_the_last_layer_keeps_a_fifth(name: str, density: float) -> None:
     model = nn.Sequential(nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, 60), nn.Tanh(), nn.Linear(60, 10))
     optimizer = sgd(model)
     dense = {} if name == "gmp_uniform" else {"init_density": 1.0, "fraction": 0.0}
-    sparsifier = regrow.sparsify(model, optimizer, RECIPES[name](density, until=4, interval=1, **dense))
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME[name](density, until=4, interval=1, **dense))
     for _ in range(4):
         backward(model, (torch.randn(6, 50), torch.randint(0, 4, (6,))))
         optimizer.step()
@@ -338,6 +404,8 @@ def test_dense_phases_are_dense_and_what_comes_back_starts_at_zero() -> None:
     [
         ({"until": 85, "begin": 10, "phase": 5}, [*range(10, 71, 10), 85], range(15, 76, 10)),
         ({"until": 85}, [*range(10, 71, 10), 85], range(15, 76, 10)),
+        ({"until": 34}, [*range(4, 29, 4), 34], range(6, 31, 4)),
+        ({"until": 33}, [*range(2, 31, 2), 33], range(3, 32, 2)),
         ({"until": 170, "begin": 10, "phase": 20}, [10, 50, 90, 130, 170], range(30, 151, 40)),
         ({"until": 4, "begin": 1, "phase": 2}, [1, 4], [3]),
     ],
@@ -352,7 +420,7 @@ def test_phases_fall_on_the_published_epochs(options: dict[str, int], sparse: li
 @pytest.mark.parametrize("name", ["granet", "granet_uniform"])
 def test_the_exchange_ends_at_half_a_percent_unless_told_otherwise(name: str) -> None:
     """Property 20: the default anneal, whose end the small counts of other tests do not show."""
-    default = inspect.signature(RECIPES[name]).parameters["anneal"].default
+    default = inspect.signature(BY_NAME[name]).parameters["anneal"].default
     assert [default(0.5, 400, 0)(step) for step in (0, 400)] == [0.5, 0.005]
     assert default(0.5, 400, 0)(200) == pytest.approx(0.2525)
 
@@ -360,15 +428,18 @@ def test_the_exchange_ends_at_half_a_percent_unless_told_otherwise(name: str) ->
 def test_needs_follow_from_where_the_run_starts() -> None:
     assert methods.granet(0.1, until=5000).needs == Need.GRADIENT
     assert methods.granet(0.1, until=5000, init_density=1.0).needs == Need.GRADIENT | Need.DENSE_VALUES
-    assert methods.gmp_uniform(0.1, until=5000).needs == methods.ac_dc(0.1, until=5000).needs == Need.DENSE_VALUES
+    for name in ("gmp", "gmp_uniform", "ac_dc"):
+        assert BY_NAME[name](0.1, until=5000).needs == Need.DENSE_VALUES
 
 
 RAMPS = ["granet", "granet_uniform"]
-ALL = [*RAMPS, "gmp_uniform", "ac_dc"]
+WITH_LAST = [*RAMPS, "gmp", "gmp_uniform"]
+ALL = [*WITH_LAST, "ac_dc"]
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (ALL, {"density": 0.0}, r"density must lie in \(0, 1\], got 0"),
     (ALL, {"density": None}, "give a density"),
     (ALL, {"density": 1.5}, r"density must lie in \(0, 1\], got 1.5"),
+    (ALL, {"density": float("nan")}, r"density must lie in \(0, 1\], got nan"),
     (ALL, {"timing": "before"}, "timing must be one of instead, after, got 'before'"),
     (RAMPS, {"init_density": 0.2}, r"init_density must lie between density \(0.3\) and 1, got 0.2"),
     (RAMPS, {"init_density": 0.0}, r"init_density must lie between density \(0.3\) and 1, got 0"),
@@ -379,8 +450,17 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (RAMPS, {"begin": 9}, "the ramp must end after the first update, at step 9, and prune_until is 7"),
     (RAMPS, {"fraction": 1.1}, r"the drop fraction must lie in \[0, 1\], got 1.1"),
     (RAMPS, {"regrow_dropped": "yes"}, "regrow_dropped must be one of keep, reset, forbid, got 'yes'"),
-    (ALL[:3], {"last_density": 1.2}, r"last_density must lie in \[0, 1\], got 1.2"),
-    (ALL[:3], {"last_density": None, "last_layer": "fc"}, r"last_layer \('fc'\) says where last_density holds"),
+    (WITH_LAST, {"last_density": 1.2}, r"last_density must lie in \[0, 1\], got 1.2"),
+    (WITH_LAST, {"last_density": None, "last_layer": "fc"}, r"last_layer \('fc'\) says where last_density holds"),
+    (
+        ["granet_uniform"],
+        {"redistribute": mean_momentum},
+        r"last_density \(0.45\) holds the last layer",
+    ),
+    (["granet"], {"redistribute": survivors, "last_density": 0.3}, r"last_density \(0.3\) holds the last layer"),
+    (["granet"], {"decay": 0.5}, "decay is of a running mean of gradients, which neither .* leave out 0.5"),
+    (["gmp", "gmp_uniform"], {"density": None}, "give a density, which the allocation only shares out"),
+    (["gmp"], {"last_layer": "2"}, r"last_layer \('2'\) says where last_density holds"),
     (["ac_dc"], {"begin": 11}, r".*begin \(11\) .* phase \(2\) .* until \(13\)"),
     (["ac_dc"], {"begin": 0}, r".*begin \(0\) .* phase \(2\) .* until \(13\)"),
     (["ac_dc"], {"phase": 0}, r".*begin \(0\) .* phase \(0\) .* until \(13\)"),
@@ -394,17 +474,19 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
 def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
     """Property 48: contradictions name both values, before anything is made sparse."""
     with pytest.raises(ValueError, match=f"^{name}: {told}"):
-        RECIPES[name](**(SHORT[name] | change))
+        BY_NAME[name](**(SHORT[name] | change))
 
 
-@pytest.mark.parametrize("name", ALL[:3])
-@pytest.mark.parametrize("change", [{"interval": 0}, {"begin": -2}, {"until": -1}], ids=str)
+@pytest.mark.parametrize("name", WITH_LAST)
+@pytest.mark.parametrize(
+    "change", [{"interval": 0}, {"begin": -2}, {"begin": 15}, {"until": -1}, {"until": 3}], ids=str
+)
 def test_times_at_which_nothing_happens_are_refused(name: str, change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"begin|until|interval"):
-        RECIPES[name](**(SHORT[name] | change))
+        BY_NAME[name](**(SHORT[name] | change))
 
 
-@pytest.mark.parametrize("name", ALL[:3])
+@pytest.mark.parametrize("name", WITH_LAST)
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -421,7 +503,7 @@ def test_an_infeasible_last_layer_is_refused_at_once(name: str, options: dict[st
     model = network("mlp", 0)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=told):
-        regrow.sparsify(model, sgd(model), RECIPES[name](**(SHORT[name] | options)))
+        regrow.sparsify(model, sgd(model), BY_NAME[name](**(SHORT[name] | options)))
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 

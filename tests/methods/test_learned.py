@@ -13,7 +13,7 @@ from torch import nn
 
 import regrow
 from regrow.core.draws import Stream
-from regrow.methods import RECIPES
+from regrow.methods import BY_NAME
 from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
 from support.paper import (
     LR,
@@ -510,17 +510,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
     """Property 48."""
     with pytest.raises(ValueError, match=f"^{name}: {told}"):
-        RECIPES[name](**(SHORT[name] | change))
+        BY_NAME[name](**(SHORT[name] | change))
 
 
 @pytest.mark.parametrize("name", ["movement", "soft_movement"])
 def test_a_ramp_that_ends_before_it_begins_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="begin is 9, until is 9"):
-        RECIPES[name](**(SHORT[name] | {"begin": 9}))
+        BY_NAME[name](**(SHORT[name] | {"begin": 9}))
 
 
 def test_a_density_that_leaves_nothing_is_refused_before_anything_changes() -> None:
-    for method in (RECIPES["dnw"](0.001), RECIPES["top_kast"](0.001, backward_density=0.5)):
+    for method in (BY_NAME["dnw"](0.001), BY_NAME["top_kast"](0.001, backward_density=0.5)):
         model = network("mlp", 0)
         optimizer, before = sgd(model), {n: v.clone() for n, v in model.state_dict().items()}
         with pytest.raises(ValueError, match="makes none of the 240 sparsified ones active"):
@@ -546,7 +546,7 @@ def test_the_gradient_of_a_soft_threshold_is_that_of_finite_differences(threshol
     at = dict.fromkeys(names, -2.5)
     slopes = {n: (loss(at | {n: -2.5 + 1e-5}) - loss(at | {n: -2.5 - 1e-5})) / 2e-5 for n in names}
     sparsifier = regrow.sparsify(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), RECIPES["str"](initial=-2.5, threshold=threshold)
+        model, torch.optim.SGD(model.parameters(), lr=0.1), BY_NAME["str"](initial=-2.5, threshold=threshold)
     )
     backward(model, batch)
     sparsifier.optimizers[0].step()
@@ -564,7 +564,7 @@ def test_a_constant_gradient_brings_an_inactive_entry_back(name: str) -> None:
         model.weight[:] = torch.tensor([[1.0, -0.9, 0.2, 0.1]])
     options = {"movement": {"until": 1}, "top_kast": {"backward_density": 0.75, "penalty": 0.0}}.get(name, {})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = regrow.sparsify(model, optimizer, RECIPES[name](0.5, **options))
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME[name](0.5, **options))
     direction = torch.tensor([0.0, 0.0, -1.0, -1.0]).double()
     for _ in range(12):
         optimizer.zero_grad()
@@ -579,7 +579,7 @@ def test_outside_the_backward_set_nothing_is_trained() -> None:
     """Top-KAST: neither loss nor penalty moves what lies outside B, and a clipped norm does not count it."""
     model, batch = network("mlp", 0), batches("mlp", 0)[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = regrow.sparsify(model, optimizer, RECIPES["top_kast"](0.2, backward_density=0.5, penalty=0.1))
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME["top_kast"](0.2, backward_density=0.5, penalty=0.1))
     for weight in sparsifier.weights:
         assert int(weight.state["backward"].sum()) == pytest.approx(0.5 * weight.topology.numel, abs=1)
         assert bool(weight.state["backward"][weight.topology.mask].all())
@@ -595,10 +595,22 @@ def test_outside_the_backward_set_nothing_is_trained() -> None:
         assert torch.equal(weight.state["latent"] != before[weight.name], reached[weight.name])
 
 
+def test_the_backward_set_holds_all_that_is_used_even_where_rounding_gives_it_fewer() -> None:
+    """Top-KAST: of 6, 6 and 2 entries 10 are 4, 4 and 2, and 11 are 5, 5 and 1: the last B gets those of A."""
+    layers = [nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False)]
+    model = nn.Sequential(*layers).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = BY_NAME["top_kast"](10 / 14, backward_density=11 / 14)
+    sparsifier = regrow.sparsify(model, optimizer, method)
+    assert [w.topology.nnz for w in sparsifier.weights] == [4, 4, 2]
+    assert [int(w.state["backward"].sum()) for w in sparsifier.weights] == [5, 5, 2]
+    assert all(bool(w.state["backward"][w.topology.mask].all()) for w in sparsifier.weights)
+
+
 def test_a_soft_threshold_reads_no_gradient_of_what_it_hides() -> None:
     """So that a clipped norm is that of the entries that train."""
     model = network("mlp", 0)
-    sparsifier = regrow.sparsify(model, sgd(model), RECIPES["str"](initial=-2.0))
+    sparsifier = regrow.sparsify(model, sgd(model), BY_NAME["str"](initial=-2.0))
     backward(model, batches("mlp", 0)[0])
     for name, topology in sparsifier.topologies.items():
         grad = dict(model.named_parameters())[name].grad
@@ -609,7 +621,7 @@ def test_a_soft_threshold_reads_no_gradient_of_what_it_hides() -> None:
 def test_a_weight_that_loses_its_last_entry_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = network("mlp", 0)
     optimizer = sgd(model)
-    sparsifier = regrow.sparsify(model, optimizer, RECIPES["str"](initial=-8.0, threshold="exp", threshold_lr=0.0))
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME["str"](initial=-8.0, threshold="exp", threshold_lr=0.0))
     with torch.no_grad():
         for group in optimizer.param_groups[1:]:
             for tensor in group["params"][:1]:
@@ -624,7 +636,7 @@ def test_diverged_values_are_named() -> None:
     for name in ("dnw", "str", "soft_movement"):
         model = network("mlp", 0)
         optimizer = sgd(model)
-        sparsifier = regrow.sparsify(model, optimizer, RECIPES[name](**SHORT[name]))
+        sparsifier = regrow.sparsify(model, optimizer, BY_NAME[name](**SHORT[name]))
         sparsifier.weights[1].state["latent"][0, 0] = math.nan
         backward(model, batches("mlp", 0)[0])
         with pytest.raises(ValueError, match=r"2\.weight: 1 of 108 (scores|values) are NaN"):

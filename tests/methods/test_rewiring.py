@@ -22,21 +22,30 @@ from regrow.core.draws import Stream
 from regrow.core.method import Method, Need
 from regrow.core.topology import Topology
 from regrow.core.weight import Weights
-from regrow.methods import RECIPES
-from regrow.methods.rewiring import sampled_gradient
-from regrow.parts import allocation
-from regrow.parts.schedules import constant
+from regrow.methods import BY_NAME
+from regrow.parts import constant, explicit, mean_momentum, sampled_gradient
 from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
+from support.dynamics import (
+    DROPS,
+    GROWTHS,
+    Watch,
+    at_random,
+    counts_to_grow,
+    grow,
+    place,
+    without_lowest,
+)
 from support.fakes import Fake
 from support.paper import (
     Array,
     Arrays,
     History,
+    Options,
     Program,
+    Train,
     actual,
     annealed,
     assert_same,
-    at_random,
     batches,
     counts_of,
     floor,
@@ -45,7 +54,6 @@ from support.paper import (
     meant,
     network,
     only,
-    place,
     regular,
     share_out,
     start,
@@ -60,6 +68,9 @@ PAPERS: dict[str, dict[str, Any]] = {
         "fraction": 0.1,
         "threshold": 1e-3,
         "tolerance": 0.1,
+        "grow": "random",
+        "redistribute": "survivors",
+        "decay": None,
         "allocate": "uniform",
         "regrow_dropped": "reset",
         "timing": "after",
@@ -71,17 +82,30 @@ PAPERS: dict[str, dict[str, Any]] = {
         "anneal": "linear",
         "gradient_weight": 1.0,
         "soft": False,
+        "grow": "random",
+        "redistribute": None,
+        "decay": None,
         "allocate": "uniform",
         "regrow_dropped": "reset",
         "timing": "after",
     },
-    "deep_r": {"l1": 5e-6, "noise": 5e-6, "allocate": "uniform"},
+    "deep_r": {
+        "l1": 5e-6,
+        "noise": 5e-6,
+        "grow": "random",
+        "redistribute": None,
+        "decay": None,
+        "allocate": "uniform",
+    },
     "gse": {
         "begin": None,
         "interval": 1000,
         "fraction": 0.2,
         "anneal": "cosine",
         "gamma": 1.0,
+        "drop": "lowest",
+        "redistribute": None,
+        "decay": None,
         "allocate": "er",
         "regrow_dropped": "forbid",
         "timing": "after",
@@ -96,89 +120,78 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-def dsr(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
+def dsr(run: Program, o: Options, watch: Watch) -> Train:
     threshold = [o["threshold"]]
 
     def update(run: Program, g: Arrays) -> None:
-        kept, asked = {}, 0
+        kept, wanted = {}, 0
         if o["fraction"] == 0:
             return
         for n in run.sparse:
-            active = np.flatnonzero(run.mask[n])
-            asked += floor(o["fraction"] * active.size)
+            active = run.active(n)
+            wanted += floor(o["fraction"] * active.size)
             stays = active[np.abs(run.w[n][active]) > threshold[0]]
             kept[n] = only(run, n, stays if stays.size else top(np.abs(run.w[n]), 1, active))
         lost = sum(int(run.mask[n].sum() - kept[n].sum()) for n in run.sparse)
-        threshold[0] *= 2 if lost < (1 - o["tolerance"]) * asked else 0.5 if lost > (1 + o["tolerance"]) * asked else 1
-        taken = run.mask if o["regrow_dropped"] == "forbid" else kept
-        room = [int((~taken[n]).sum()) for n in run.sparse]
-        place(
-            run,
-            kept,
-            o["regrow_dropped"],
-            share_out([float(kept[n].sum()) for n in run.sparse], lost, room),
-            at_random(run),
-        )
+        low, high = (1 - o["tolerance"]) * wanted, (1 + o["tolerance"]) * wanted
+        threshold[0] *= 2 if lost < low else 0.5 if lost > high else 1
+        grow(run, g, kept, o, watch)
 
     return update
 
 
-def mest(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
+def mest(run: Program, o: Options, watch: Watch) -> Train:
     targets = {n: int(run.mask[n].sum()) for n in run.sparse}
 
     def update(run: Program, g: Arrays) -> None:
-        fraction = annealed(o, run.step) if run.step < o["until"] else 0.0
-        kept, counts = {}, []
-        for n in run.sparse:
-            score = np.abs(run.w[n]) + o["gradient_weight"] * np.abs(g[n])
-            active = np.flatnonzero(run.mask[n])
-            counts.append(floor(fraction * targets[n]))
-            if o["regrow_dropped"] == "forbid" and not o["soft"]:
-                counts[-1] = min(counts[-1], run.mask[n].size - active.size)
-            kept[n] = only(run, n, top(score, targets[n] - (0 if o["soft"] else counts[-1]), active))
-        if o["soft"]:
-            taken = run.mask if o["regrow_dropped"] == "forbid" else kept
-            room = [min(targets[n], int((~taken[n]).sum())) for n in run.sparse]
-            counts = share_out([float(c) for c in counts], min(sum(counts), sum(room)), room) if any(counts) else counts
-        place(run, kept, o["regrow_dropped"], counts, at_random(run))
+        fraction, policy = annealed(o, run.step) if run.step < o["until"] else 0.0, o["regrow_dropped"]
+        score = {n: np.abs(run.w[n]) + o["gradient_weight"] * np.abs(g[n]) for n in run.sparse}
+        if not o["soft"]:
+            return grow(run, g, without_lowest(run, score, fraction, policy), o, watch)
+        kept = {n: only(run, n, top(score[n], targets[n], run.active(n))) for n in run.sparse}
+        counts = [floor(fraction * targets[n]) for n in run.sparse]
+        free = [int((~(run.mask[n] if policy == "forbid" else kept[n])).sum()) for n in run.sparse]
+        room = [min(targets[n], places) for n, places in zip(run.sparse, free, strict=True)]
+        counts = share_out([float(c) for c in counts], min(sum(counts), sum(room)), room) if any(counts) else counts
+        place(run, kept, policy, counts, GROWTHS[o["grow"]](run, g, watch))
 
     return update
 
 
-def deep_r(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
+def deep_r(run: Program, o: Options, watch: Watch) -> Train:
     signs = {n: Stream(run.seed, n, 0).signs(np.arange(run.w[n].size)).astype(float) for n in run.sparse}
     for n in run.sparse:
         run.w[n] = np.abs(run.w[n]) * signs[n]
 
     def update(run: Program, g: Arrays) -> None:
+        draws = {n: stream(run, n) for n in run.sparse}
+        kept, moved = {}, {}
         for n in run.sparse:
-            draws, active = stream(run, n), np.flatnonzero(run.mask[n])
-            theta = signs[n][active] * run.w[n][active] - o["l1"] + o["noise"] * draws.normal(active.size)
-            run.w[n][active] = signs[n][active] * theta
-            kept = only(run, n, active[theta >= 0])
-            dormant = np.flatnonzero(~kept)
-            chosen = dormant[draws.subset(dormant.size, int((theta < 0).sum()))]
-            run.change(n, kept, only(run, n, chosen))
+            active = run.active(n)
+            theta = signs[n][active] * run.w[n][active] - o["l1"] + o["noise"] * draws[n].normal(active.size)
+            moved[n] = np.zeros_like(run.w[n])
+            moved[n][active] = signs[n][active] * theta
+            kept[n] = only(run, n, active[theta >= 0])
+        counts = counts_to_grow(run, kept, o["redistribute"], "reset", watch)
+        run.w |= moved
+        pick = GROWTHS[o["grow"]](run, g, watch)
+        if o["grow"] == "random":  # The same stream as the noise, further on.
+            pick = lambda n, free, count: free[draws[n].subset(free.size, count)]  # noqa: E731
+        place(run, kept, "reset", counts, pick)
 
     return update
 
 
-def gse(run: Program, o: dict[str, Any]) -> Callable[[Program, Arrays], None]:
+def gse(run: Program, o: Options, watch: Watch) -> Train:
     def update(run: Program, g: Arrays) -> None:
-        kept, counts, sizes = {}, [], {}
-        for n in run.sparse:
-            active = np.flatnonzero(run.mask[n])
-            counts.append(floor(annealed(o, run.step) * active.size))
-            if o["regrow_dropped"] == "forbid":
-                counts[-1] = min(counts[-1], run.mask[n].size - active.size)
-            kept[n] = only(run, n, top(np.abs(run.w[n]), active.size - counts[-1], active))
-            sizes[n] = int(o["gamma"] * active.size)
+        policy, sizes = o["regrow_dropped"], {n: int(o["gamma"] * run.mask[n].sum()) for n in run.sparse}
+        kept = DROPS[o["drop"]](run, g, annealed(o, run.step), policy)
+        counts = counts_to_grow(run, kept, o["redistribute"], policy, watch)
 
-        def pick(n: str, candidates: Array, count: int) -> Array:
-            size = min(candidates.size, max(count, sizes[n]))
-            return top(np.abs(g[n]), count, candidates[stream(run, n).subset(candidates.size, size)])
+        def pick(n: str, free: Array, count: int) -> Array:
+            return top(np.abs(g[n]), count, at_random(run)(n, free, min(free.size, max(count, sizes[n]))))
 
-        place(run, kept, o["regrow_dropped"], counts, pick)
+        place(run, kept, policy, counts, pick)
 
     return update
 
@@ -189,9 +202,9 @@ UPDATES = {"dsr": dsr, "mest": mest, "deep_r": deep_r, "gse": gse}
 def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
     o = {"begin": 1, "interval": 1, "regrow_dropped": "reset", "timing": "after", "soft": False}
     o |= PAPERS[name] | options
-    run = start(kind, seed, lambda run: counts_of(run, o), keep=o["regrow_dropped"])
+    run, watch = start(kind, seed, lambda run: counts_of(run, o), keep=o["regrow_dropped"]), Watch(o["decay"])
     due = lambda step: regular(o, step) or (o["soft"] and step == o["until"])  # noqa: E731
-    return history(run, kind, due, UPDATES[name](run, o), o["timing"])
+    return history(run, kind, due, UPDATES[name](run, o, watch), o["timing"], watch)
 
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
@@ -211,6 +224,13 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("deep_r", {}),
     ("deep_r", {"l1": 0.0, "noise": 0.0, "density": 0.6}),
     ("deep_r", {"l1": 0.02, "noise": 0.1, "allocate": "erk"}),
+    *(("dsr", {"grow": g, "redistribute": r}) for g, r in (("gradient", None), ("momentum", "momentum"))),
+    ("mest", {"grow": "unexplored_first", "redistribute": "magnitude"}),
+    ("mest", {"grow": "gradient", "soft": True}),
+    ("mest", {"grow": "momentum", "decay": 0.5, "soft": True, "timing": "instead"}),
+    ("deep_r", {"grow": "gradient", "redistribute": "magnitude"}),
+    ("deep_r", {"grow": "momentum", "decay": 0.0, "redistribute": "survivors", "density": 0.6}),
+    *(("gse", {"drop": d, "redistribute": "momentum", "regrow_dropped": "keep"}) for d in DROPS),
     ("gse", {}),
     ("gse", {"gamma": 0.5, "regrow_dropped": "keep", "timing": "instead"}),
     ("gse", {"gamma": 0.4, "regrow_dropped": "reset", "anneal": "constant"}),
@@ -243,6 +263,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "fraction": [({"fraction": 0.8}, 9), ({"fraction": 0.05}, 6), ({"fraction": 0.0}, 3)],
         "threshold": [({"threshold": 0.02}, 3), ({"threshold": 0.2}, 3)],
         "tolerance": [({"tolerance": 0.95}, 6)],
+        "grow": [({"grow": "gradient"}, 3), ({"grow": "momentum"}, 3)],
+        "redistribute": [({"redistribute": None}, 3), ({"redistribute": "momentum"}, 3)],
+        "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 9, MANY)],
         "timing": [({"timing": "instead"}, 6)],
@@ -255,6 +278,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "anneal": [({"anneal": "constant"}, 3), ({"anneal": "inverse_power"}, 3), ({"anneal": "cosine"}, 3)],
         "gradient_weight": [({"gradient_weight": 0.0}, 6), ({"gradient_weight": 100.0}, 3)],
         "soft": [({"soft": True}, 3)],
+        "grow": [({"grow": "gradient"}, 3), ({"grow": "momentum"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 3), ({"redistribute": "momentum"}, 3)],
+        "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 6, MANY)],
         "timing": [({"timing": "instead"}, 9)],
@@ -264,6 +290,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "until": [({"until": 7}, 7)],
         "l1": [({"l1": 0.1}, 1), ({"l1": 0.0}, 6)],
         "noise": [({"noise": 0.1}, 1), ({"noise": 0.0}, 3)],
+        "grow": [({"grow": "gradient"}, 3), ({"grow": "momentum"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 4)],
+        "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
     },
     "gse": {
@@ -273,6 +302,9 @@ CASES: dict[str, dict[str, Changes]] = {
         "fraction": FRACTION,
         "anneal": [({"anneal": "constant"}, 3), ({"anneal": "inverse_power"}, 3), ({"anneal": "linear"}, 3)],
         "gamma": [({"gamma": 2.0}, 3), ({"gamma": 0.5}, 3)],
+        "drop": [({"drop": "per_sign"}, 3, {"regrow_dropped": "keep"}), ({"drop": "global"}, 3)],
+        "redistribute": [({"redistribute": "magnitude"}, 3), ({"redistribute": "momentum"}, 3)],
+        "decay": [({"decay": 0.0}, 3, {"redistribute": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "keep"}, 3), ({"regrow_dropped": "reset"}, 3, MANY)],
         "timing": [({"timing": "instead"}, 6)],
@@ -292,7 +324,7 @@ def test_an_option_makes_the_difference_that_is_predicted(
 def test_what_is_not_given_is_the_papers(name: str) -> None:
     """Property 48: a default is an option value too."""
     defaults = {
-        k: p.default for k, p in inspect.signature(RECIPES[name]).parameters.items() if p.default is not p.empty
+        k: p.default for k, p in inspect.signature(BY_NAME[name]).parameters.items() if p.default is not p.empty
     }
     assert defaults == {k: meant(k, v) for k, v in PAPERS[name].items()}
 
@@ -313,6 +345,18 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["dsr"], {"tolerance": -0.1}, "got threshold 0.06, tolerance -0.1"),
     (["mest"], {"gradient_weight": -1.0}, "gradient_weight must be finite and at least 0, got -1"),
     (["mest"], {"gradient_weight": math.inf}, "gradient_weight must be finite and at least 0, got inf"),
+    (
+        ALL,
+        {"decay": 0.5, "redistribute": None},
+        "decay is of a running mean .* leave out 0.5",
+    ),
+    (ALL, {"decay": 1.0, "redistribute": mean_momentum}, r"decay must lie in \[0, 1\), got 1"),
+    (
+        ["mest"],
+        {"soft": True, "redistribute": mean_momentum},
+        "a soft memory bound .* redistribute would move",
+    ),
+    (["mest"], {"soft": True, "decay": 0.5}, "decay is of a running mean of gradients, which neither"),
     (["deep_r"], {"l1": -1.0}, "l1 and noise must be finite and at least 0, got l1 -1 and noise 0.01"),
     (["deep_r"], {"noise": math.inf}, "got l1 0.001 and noise inf"),
     (["gse"], {"gamma": 0.3}, "gamma 0.3 gives fewer candidates than the drop fraction 0.4 asks to grow"),
@@ -327,7 +371,7 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
 def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
     """Property 48: also options that contradict each other, with both values."""
     with pytest.raises(ValueError, match=f"^{name}: .*{told}"):
-        RECIPES[name](**(SHORT[name] | change))
+        BY_NAME[name](**(SHORT[name] | change))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -335,7 +379,7 @@ def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], tol
 def test_times_at_which_nothing_happens_are_refused(name: str, change: dict[str, int]) -> None:
     """Property 48."""
     with pytest.raises(ValueError, match="until"):
-        RECIPES[name](**(SHORT[name] | change))
+        BY_NAME[name](**(SHORT[name] | change))
 
 
 def trained(method: Method, storage: Any, steps: int, see: Callable[[int, dict[str, Tensor]], None]) -> None:
@@ -378,7 +422,7 @@ def test_what_a_nearly_full_weight_cannot_take_is_grown_elsewhere_and_told(
 ) -> None:
     """Property 8: the memory bound of the network is used to the last entry where there is room."""
     log: list[list[int]] = []
-    dense = allocation.explicit({"0": 0.25, "2": 0.5, "4": 1.0})
+    dense = explicit({"0": 0.25, "2": 0.5, "4": 1.0})
     method = methods.mest(None, allocate=dense, until=7, interval=3, fraction=0.5, soft=True)
     with caplog.at_level(logging.WARNING, "regrow"):
         trained(method, storage, 4, lambda step, seen: log.append([active(d) for d in seen.values()]))
@@ -392,7 +436,7 @@ def test_what_a_nearly_full_weight_cannot_take_is_grown_elsewhere_and_told(
 def test_no_weight_holds_more_than_twice_its_density(storage: str, caplog: pytest.LogCaptureFixture) -> None:
     """What no weight can take is not grown, and the log says how much."""
     log: list[list[int]] = []
-    dense = allocation.explicit({"0": 0.25, "2": 0.5, "4": 1.0})
+    dense = explicit({"0": 0.25, "2": 0.5, "4": 1.0})
     method = methods.mest(None, allocate=dense, until=9, interval=3, fraction=1.0, anneal=constant, soft=True)
     with caplog.at_level(logging.WARNING, "regrow"):
         trained(method, storage, 10, lambda step, seen: log.append([active(d) for d in seen.values()]))

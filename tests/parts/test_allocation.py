@@ -19,6 +19,7 @@ from regrow.parts.allocation import (
     Shaped,
     apportion,
     at_least,
+    by_flops,
     counts,
     er,
     erk,
@@ -26,6 +27,7 @@ from regrow.parts.allocation import (
     explicit,
     globally,
     last_at_least,
+    layer_adaptive,
     proportional,
     require_last,
     uniform,
@@ -488,3 +490,135 @@ def test_explicit_refuses_what_does_not_fit(allocate: Allocation, density: float
 def test_an_explicit_density_must_be_one(density: float) -> None:
     with pytest.raises(ValueError, match=r"the density of 'fc1' must lie in \[0, 1\]"):
         explicit({"fc1": density})
+
+
+def lamp(score: np.ndarray) -> np.ndarray:
+    """Lee et al. 2021, equation 4, by hand: over the squares that come at or after it when magnitudes ascend."""
+    order = sorted(range(score.size), key=lambda i: (score[i], -i))
+    found = np.zeros(score.size)
+    for rank, i in enumerate(order):
+        rest = sum(score[j] ** 2 for j in order[rank:])
+        found[i] = score[i] ** 2 / rest if rest else 0.0
+    return found
+
+
+magnitudes = st.lists(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 7.0]), min_size=1, max_size=7), min_size=1, max_size=4
+)
+
+
+@given(magnitudes, st.data())
+def test_layer_adaptive_ranks_the_papers_score_globally(lists: list[list[float]], data: st.DataObject) -> None:
+    """With ties and zeros; sums and capacity are those of a ranking."""
+    scores, total = [torch.tensor(v) for v in lists], data.draw(st.integers(0, sum(map(len, lists))))
+    pooled = np.concatenate([lamp(np.array(v)) for v in lists])
+    owner = np.repeat(np.arange(len(lists)), [len(v) for v in lists])
+    expected = np.bincount(owner[np.argsort(-pooled.round(12), kind="stable")[:total]], minlength=len(lists))
+    assert layer_adaptive(shape_only([len(v) for v in lists]), scores, total) == expected.tolist()
+
+
+def test_layer_adaptive_by_numbers() -> None:
+    """1, 2, 3 have 1/14, 4/13 and 1; 4 and 3 have 1 and 9/25; what is first of a weight is never first to go."""
+    scores, weights = [torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 3]), torch.tensor([1e-6])], shape_only([3, 2, 1])
+    found = [layer_adaptive(weights, scores, total) for total in range(7)]
+    assert found == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 2, 1], [2, 2, 1], [3, 2, 1]]
+
+
+@given(magnitudes, st.data())
+def test_layer_adaptive_does_not_see_the_scale_of_a_weight(lists: list[list[float]], data: st.DataObject) -> None:
+    scores, total = [torch.tensor(v) for v in lists], data.draw(st.integers(0, sum(map(len, lists))))
+    scaled = [s * 2.0 ** data.draw(st.integers(-20, 20)) for s in scores]
+    weights = shape_only([len(v) for v in lists])
+    assert layer_adaptive(weights, scaled, total) == layer_adaptive(weights, scores, total)
+
+
+def test_layer_adaptive_refuses_what_it_cannot_rank() -> None:
+    with pytest.raises(ValueError, match="layer_adaptive ranks scores, and a random start has none"):
+        counts(layer_adaptive, LENET, 0.1)
+    with pytest.raises(ValueError, match="w1: 1 of 2 scores are negative, and layer_adaptive squares them"):
+        layer_adaptive(shape_only([1, 2]), [torch.tensor([1.0]), torch.tensor([-1.0, 2.0])], 1)
+    with pytest.raises(ValueError, match="w1: 1 of 2 scores are NaN"):
+        layer_adaptive(shape_only([1, 2]), [torch.tensor([1.0]), torch.tensor([math.nan, 2.0])], 1)
+
+
+tables = st.lists(
+    st.tuples(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 3, 7.5, 49])), min_size=1, max_size=5
+)
+
+
+def cost(found: dict[str, int], uses: dict[str, float]) -> float:
+    return sum(uses[n] * k for n, k in found.items())
+
+
+@given(tables, st.floats(0, 1))
+@pytest.mark.parametrize("base", [uniform, erk, at_least(1, erk)])
+def test_by_flops_meets_its_budget(base: Allocation, rows: list[tuple[int, int, float]], density: float) -> None:
+    """Never above its share of the dense multiplications; one entry more, shared out alike, would be."""
+    table, uses = (
+        {f"w{i}": (a, b) for i, (a, b, _) in enumerate(rows)},
+        {f"w{i}": u for i, (_, _, u) in enumerate(rows)},
+    )
+    numel = sum(a * b for a, b, _ in rows)
+    total = math.floor(density * numel + 0.5)
+    if base not in (uniform, erk) and total < len(rows):
+        return
+    weights = [weight(n, s) for n, s in table.items()]
+    found = dict(zip(table, by_flops(uses, base)(weights, None, total), strict=True))
+    budget = total / numel * sum(u * a * b for a, b, u in rows)
+    assert cost(found, uses) <= budget * (1 + 1e-12)
+    assert all(0 <= k <= math.prod(table[n]) for n, k in found.items())
+    assert found == dict(zip(table, base(weights, None, sum(found.values())), strict=True))
+    if (more := sum(found.values()) + 1) <= numel:
+        assert cost(dict(zip(table, base(weights, None, more), strict=True)), uses) > budget * (1 - 1e-12)
+
+
+@given(shapes, st.floats(0, 1), st.sampled_from([1, 2.5, 1000]))
+@pytest.mark.parametrize("base", [uniform, er, erk])
+def test_by_flops_of_equal_uses_is_the_allocation_itself(
+    base: Allocation, table: dict[str, tuple[int, ...]], density: float, use: float
+) -> None:
+    assert counts(by_flops({"*": use}, base), table, density) == counts(base, table, density)
+
+
+@given(st.permutations(range(4)))
+def test_by_flops_does_not_see_the_order_of_weights(order: list[int]) -> None:
+    table, uses = {"a": (9, 40), "b": (30, 30), "c": (10, 100), "d": (7, 5)}, {"a": 25, "b": 9, "c": 1, "d": 4}
+    names = [list(table)[i] for i in order]
+    turned = counts(by_flops(uses, erk), {n: table[n] for n in names}, 0.2)
+    assert turned == counts(by_flops(uses, erk), table, 0.2)
+
+
+def test_by_flops_of_scores_keeps_the_best_that_the_budget_pays() -> None:
+    """`globally` around: 1 multiplication each in the first weight, 10 in the second; a half of 26 pays 3 + 1."""
+    scores = [torch.tensor([9.0, 7, 5, 3, 2, 1]), torch.tensor([8.0, 6.0])]
+    allocate = by_flops({"w0": 1, "w1": 10}, globally)
+    assert allocate(shape_only([6, 2]), scores, 4) == [2, 1]
+    assert allocate(shape_only([6, 2]), scores, 8) == [6, 2]
+    assert allocate(shape_only([6, 2]), scores, 0) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("uses", "told"),
+    [
+        ({"fc1": 2.0, "fc2": 1.0}, "by_flops: no uses for fc3: add globs"),
+        ({"*": 0.0}, "by_flops: no entry of fc1, fc2, fc3 is ever multiplied"),
+    ],
+)
+def test_by_flops_refuses_what_it_cannot_count(uses: dict[str, float], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        counts(by_flops(uses, erk), LENET, 0.1)
+    with pytest.raises(ValueError, match="by_flops: give a density, which is the share"):
+        counts(by_flops({"*": 1.0}, erk), LENET, None)
+
+
+@pytest.mark.parametrize("use", [-1.0, math.inf, math.nan])
+def test_uses_must_be_numbers(use: float) -> None:
+    with pytest.raises(ValueError, match="the uses of 'fc1' must be finite and at least 0"):
+        by_flops({"fc1": use}, erk)
+
+
+@pytest.mark.parametrize("allocate", [uniform, erk, globally, layer_adaptive])
+def test_more_than_there_is_means_all_there_is(allocate: Allocation) -> None:
+    """A budget in FLOPs may hold fewer entries than its density says, and the next pruning asks for more than these."""
+    weights = [Shaped("a", (4, 4), Topology((4, 4), torch.arange(5))), weight("b", (3, 2))]
+    assert allocate(weights, [torch.rand(5), torch.rand(6)], 20) == [5, 6]

@@ -30,9 +30,10 @@ from regrow.parts.growth import (
     mixed,
     momentum,
     needs_of,
-    needs_unobserved,
     unexplored_first,
 )
+from regrow.parts.redistribution import mean_momentum, survivors
+from regrow.parts.remembered import MOMENTUM
 from support.fakes import Fake, fakes
 
 
@@ -278,9 +279,19 @@ def test_a_growth_says_what_it_reads() -> None:
     assert {g: READS[g] for g in (gradient, momentum)} == {gradient: Need.GRADIENT, momentum: Need.EVERY_GRADIENT}
 
 
-def test_momentum_that_nobody_observes_is_refused_before_the_run() -> None:
+def test_a_statistic_says_what_it_reads() -> None:
+    assert needs_of(at_random, None) == Need.NOTHING
+    assert needs_of(at_random, survivors) == Need.NOTHING
+    assert needs_of(by_gradient, mean_momentum) == Need.GRADIENT | Need.EVERY_GRADIENT
+    own: Reading[[SparseWeight, Topology], float] = Reading(lambda weight, kept: 1.0, Need.EVERY_GRADIENT)
+    assert needs_of(at_random, own) == Need.EVERY_GRADIENT
+
+
+def test_momentum_that_nobody_observes_is_refused() -> None:
     """Bug 8: growth by momentum without momentum would be growth at random."""
+    weight = Fake([1, 2, 3, 0, 0, 0], [0, 1, 2])
     for grow in (by_momentum, by_momentum_per_neuron, mixed(at_random, by_momentum, 0.5)):
-        with pytest.raises(ValueError, match=r"^mine: .* which mine does not keep: .* observe=observers\.momentum"):
-            needs_unobserved("mine", grow)
-    assert needs_unobserved("mine", by_gradient) == Need.GRADIENT
+        with pytest.raises(ValueError, match=r"^w has no running mean of gradients: .* observe=keep_momentum\(decay\)"):
+            grow(weight, weight.topology, 2)
+    weight.state[MOMENTUM.key] = torch.tensor([9.0, 9, 9, 1, 3, 2])
+    assert by_momentum(weight, weight.topology, 2).tolist() == [4, 5]

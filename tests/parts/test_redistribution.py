@@ -6,7 +6,7 @@ from hypothesis import given
 
 from regrow.core.method import Statistic
 from regrow.core.topology import Topology
-from regrow.parts.observers import momentum
+from regrow.parts.observers import keep_momentum
 from regrow.parts.redistribution import mean_magnitude, mean_momentum, nonzeros, survivors
 from support.fakes import Fake, fakes
 
@@ -64,13 +64,13 @@ def test_momentum_is_the_recursion_at_every_position() -> None:
     for _ in range(5):
         weight.grad = torch.randn(7, dtype=torch.float64)
         expected = 0.9 * expected + 0.1 * weight.grad
-        momentum(0.9)(weight)
+        keep_momentum(0.9)(weight)
     torch.testing.assert_close(weight.state["momentum"], expected, rtol=1e-14, atol=0)
 
 
 def test_momentum_without_decay_is_the_last_gradient() -> None:
     weight = Fake([1, 0, 0], [0], [1, 2, 3])
-    momentum(0.0)(weight)
+    keep_momentum(0.0)(weight)
     weight.grad = torch.tensor([4.0, 5, 6], dtype=torch.float64)
-    momentum(0.0)(weight)
+    keep_momentum(0.0)(weight)
     assert weight.state["momentum"].tolist() == [4, 5, 6]

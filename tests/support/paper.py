@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import regrow
+from regrow import parts
 from regrow.core.draws import Stream
 from regrow.core.method import Method
-from regrow.methods import RECIPES
-from regrow.parts import allocation, drops, growth, redistribution, schedules, scores
+from regrow.methods import BY_NAME
 from support.loops import loss_of
 
 Array = NDArray[Any]
@@ -184,6 +184,11 @@ def shared(run: Program, allocate: str, total: int, names: Sequence[str], score:
     The score is the magnitude unless given.
     """
     active = {n: run.active(n) for n in names}
+    if allocate == "layer_adaptive":
+        allocate, score = (
+            "globally",
+            {n: lamp(np.abs(run.w[n]) if score is None else score[n], active[n]) for n in names},
+        )
     if allocate != "globally":
         capacity = [active[n].size for n in names]
         return share_out([SHARES[allocate](run.shapes[n]) for n in names], min(total, sum(capacity)), capacity)
@@ -191,6 +196,15 @@ def shared(run: Program, allocate: str, total: int, names: Sequence[str], score:
     owner = np.repeat(names, [active[n].size for n in names])
     best = owner[np.argsort(-pooled, kind="stable")[:total]]
     return [int((best == n).sum()) for n in names]
+
+
+def lamp(score: Array, active: Array) -> Array:
+    """Lee et al. 2021, equation 4: s^2 over the sum of the squares that follow, scores ascending."""
+    order = active[np.argsort(score[active], kind="stable")]
+    share = np.zeros(score.size)
+    for rank, at in enumerate(order):
+        share[at] = score[at] ** 2 / (score[order[rank:]] ** 2).sum()
+    return share
 
 
 def with_last(run: Program, allocate: str, total: int, last: str | None, density: float | None) -> list[int]:
@@ -214,44 +228,6 @@ def keep_largest(run: Program, counts: Sequence[int], score: Arrays | None = Non
         ranked = np.abs(run.w[n]) if score is None else score[n]
         kept = only(run, n, top(ranked, count, run.active(n)))
         run.change(n, kept, np.zeros_like(kept))
-
-
-Pick = Callable[[str, Array, int], Array]
-"""(weight, candidates, count) -> the candidates that grow."""
-
-
-def at_random(run: Program) -> Pick:
-    return lambda n, candidates, count: candidates[stream(run, n).subset(candidates.size, count)]
-
-
-def without_smallest(run: Program, n: str, fraction: float, policy: str) -> Array:
-    """All but floor(fraction n) of least magnitude; where regrowth is forbidden, no more than can grow elsewhere."""
-    active = run.active(n)
-    count = floor(fraction * active.size)
-    if policy == "forbid":
-        count = min(count, run.mask[n].size - active.size)
-    return only(run, n, top(np.abs(run.w[n]), active.size - count, active))
-
-
-def free(run: Program, n: str, kept: Array, policy: str) -> Array:
-    """Where entries may grow: outside what is kept, or outside what was active where regrowth is forbidden."""
-    return np.flatnonzero(~(run.mask[n] if policy == "forbid" else kept))
-
-
-def place(run: Program, kept: Arrays, policy: str, counts: Sequence[int], pick: Pick) -> None:
-    """Grow so many in each weight."""
-    for n, count in zip(run.sparse, counts, strict=True):
-        run.change(n, kept[n], only(run, n, pick(n, free(run, n, kept[n], policy), count)))
-
-
-def losses(run: Program, kept: Arrays) -> list[int]:
-    return [int(run.mask[n].sum() - kept[n].sum()) for n in run.sparse]
-
-
-def exchange(run: Program, fraction: float, policy: str, pick: Pick) -> None:
-    """In each weight, the smallest magnitudes go and as many others grow."""
-    kept = {n: without_smallest(run, n, fraction, policy) for n in run.sparse}
-    place(run, kept, policy, losses(run, kept), pick)
 
 
 # What a run was
@@ -330,25 +306,31 @@ def assert_same(found: History, wanted: History, rtol: float = 1e-9, atol: float
 # The same by the library
 
 
-ALLOCATIONS = {name: getattr(allocation, name) for name in ("uniform", "er", "erk", "globally")}
+ALLOCATIONS = {name: getattr(parts, name) for name in ("uniform", "er", "erk", "globally", "layer_adaptive")}
 WORDS: dict[str, Mapping[str, Any]] = {
-    "anneal": {name: getattr(schedules, name) for name in ("constant", "linear", "cosine", "inverse_power")}
-    | {"cosine_to_0.005": schedules.cosine_to(0.005)},
+    "anneal": {name: getattr(parts, name) for name in ("constant", "linear", "cosine", "inverse_power")}
+    | {"cosine_to_0.005": parts.cosine_to_half_percent},
     "allocate": ALLOCATIONS,
     "init_allocate": ALLOCATIONS,
-    "drop": {"lowest": drops.lowest(scores.magnitude), "per_sign": drops.lowest_per_sign},
+    "drop": {
+        "lowest": parts.smallest,
+        "per_sign": parts.lowest_per_sign,
+        "taylor": parts.lowest(parts.taylor),
+        "global": parts.lowest_globally(parts.magnitude),
+    },
     "grow": {
-        "random": growth.at_random,
-        "gradient": growth.by_gradient,
-        "momentum": growth.by_momentum,
-        "unexplored_first": growth.unexplored_first,
-        "mixed": growth.mixed(growth.by_gradient, growth.unexplored_first, 0.4),
-        "per_neuron": growth.highest_per_neuron(growth.gradient),
+        "random": parts.at_random,
+        "gradient": parts.by_gradient,
+        "momentum": parts.by_momentum,
+        "unexplored_first": parts.unexplored_first,
+        "mixed": parts.mixed(parts.by_gradient, parts.unexplored_first, 0.4),
+        "per_neuron": parts.highest_per_neuron(parts.gradient),
     },
     "redistribute": {
-        "momentum": redistribution.mean_momentum,
-        "magnitude": redistribution.mean_magnitude,
-        "nonzeros": redistribution.nonzeros,
+        "momentum": parts.mean_momentum,
+        "magnitude": parts.mean_magnitude,
+        "nonzeros": parts.nonzeros,
+        "survivors": parts.survivors,
     },
 }
 
@@ -356,12 +338,12 @@ WORDS: dict[str, Mapping[str, Any]] = {
 def meant(option: str, value: Any) -> Any:
     """A word as the library's value, and densities by name as an explicit allocation."""
     if isinstance(value, dict):
-        return allocation.explicit(value)
+        return parts.explicit(value)
     return WORDS[option][value] if option in WORDS and isinstance(value, str) else value
 
 
 def library(name: str, options: Options) -> Method:
-    return RECIPES[name](**{option: meant(option, value) for option, value in options.items()})
+    return BY_NAME[name](**{option: meant(option, value) for option, value in options.items()})
 
 
 def network(kind: str, seed: int) -> nn.Module:

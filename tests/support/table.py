@@ -13,20 +13,36 @@ from torch.optim import Optimizer
 
 from regrow import methods
 from regrow.core.method import Method
-from regrow.parts.allocation import er, erk, globally, uniform
-from regrow.parts.drops import adaptive_threshold, lowest, lowest_globally, lowest_per_sign
-from regrow.parts.growth import (
+from regrow.parts import (
+    adaptive_threshold,
     at_random,
+    by_flops,
     by_gradient,
     by_momentum,
+    by_momentum_per_neuron,
+    constant,
+    er,
+    erk,
+    globally,
     gradient,
+    half_by_gradient,
     highest_per_neuron,
+    layer_adaptive,
+    linear,
+    lowest,
+    lowest_globally,
+    lowest_per_sign,
+    magnitude,
+    mean_magnitude,
+    mean_momentum,
     mixed,
+    nonzeros,
+    random,
+    survivors,
+    taylor,
     unexplored_first,
+    uniform,
 )
-from regrow.parts.redistribution import mean_magnitude, nonzeros, survivors
-from regrow.parts.schedules import constant, linear
-from regrow.parts.scores import magnitude, random, taylor
 
 DENSITY = 0.2
 UNTIL = 24
@@ -96,6 +112,11 @@ METHODS: dict[str, Row] = {
     "gmp": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=INTERVAL)),
     "gmp-erk": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=5, allocate=erk)),
     "gmp-global": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=7, allocate=globally, timing="instead")),
+    "gmp-lamp": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=INTERVAL, allocate=layer_adaptive)),
+    "gmp-last": Row(lambda: methods.gmp(DENSITY, until=UNTIL, interval=5, last_density=0.4, allocate=erk)),
+    "gmp-flops": Row(
+        lambda: methods.gmp(DENSITY, until=UNTIL, interval=INTERVAL, allocate=by_flops({"*": 1}, globally))
+    ),
     "dst": dynamic(lambda: methods.dst(DENSITY, until=UNTIL, interval=INTERVAL)),
     "dst-momentum": dynamic(
         lambda: methods.dst(DENSITY, until=UNTIL, interval=INTERVAL, grow=by_momentum, redistribute=survivors),
@@ -108,6 +129,21 @@ METHODS: dict[str, Row] = {
     ),
     "rigl-forbid": dynamic(
         lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL, anneal=linear, regrow_dropped="forbid")
+    ),
+    "rigl-parts": dynamic(
+        lambda: methods.rigl(
+            DENSITY, until=UNTIL, interval=INTERVAL, drop=lowest(taylor), grow=by_momentum_per_neuron, decay=0.5
+        )
+    ),
+    "set-parts": dynamic(
+        lambda: methods.set_(DENSITY, until=UNTIL, interval=INTERVAL, grow=by_momentum, redistribute=mean_magnitude),
+        own=False,
+    ),
+    "itop_set-parts": dynamic(
+        lambda: methods.itop_set(
+            DENSITY, until=UNTIL, interval=INTERVAL, drop=lowest_per_sign, grow=by_momentum, redistribute=survivors
+        ),
+        own=False,
     ),
     "itop_set": dynamic(lambda: methods.itop_set(DENSITY, until=UNTIL, interval=INTERVAL)),
     "itop_set-unexplored": dynamic(
@@ -123,6 +159,18 @@ METHODS: dict[str, Row] = {
         lambda: methods.itop_rigl(DENSITY, until=UNTIL, interval=INTERVAL, grow=highest_per_neuron(gradient))
     ),
     "granet": Row(lambda: methods.granet(DENSITY, until=UNTIL, interval=INTERVAL), moving=True, draws=True),
+    "granet-parts": Row(
+        lambda: methods.granet(
+            DENSITY, until=UNTIL, interval=INTERVAL, grow=half_by_gradient, redistribute=mean_momentum, decay=0.8
+        ),
+        moving=True,
+        draws=True,
+    ),
+    "granet-lamp": Row(
+        lambda: methods.granet(DENSITY, until=UNTIL, interval=INTERVAL, allocate=layer_adaptive),
+        moving=True,
+        draws=True,
+    ),
     "granet-dense": Row(lambda: methods.granet(DENSITY, until=UNTIL, interval=5, init_density=1.0, timing="instead")),
     "granet-reset": Row(
         lambda: methods.granet(DENSITY, until=UNTIL, prune_until=UNTIL, interval=5, regrow_dropped="reset"), draws=True
@@ -153,6 +201,11 @@ METHODS: dict[str, Row] = {
         lambda: methods.snfs(DENSITY, until=UNTIL, interval=INTERVAL, redistribute=survivors), own=False
     ),
     "dsr": dynamic(lambda: methods.dsr(DENSITY, until=UNTIL, interval=INTERVAL, threshold=0.05), own=False),
+    "dsr-parts": dynamic(
+        lambda: methods.dsr(
+            DENSITY, until=UNTIL, interval=INTERVAL, threshold=0.05, grow=unexplored_first, redistribute=None
+        )
+    ),
     "dsr-forbid": dynamic(
         lambda: methods.dsr(
             DENSITY, until=UNTIL, interval=INTERVAL, threshold=0.05, regrow_dropped="forbid", timing="instead"
@@ -160,6 +213,10 @@ METHODS: dict[str, Row] = {
         own=False,
     ),
     "mest": dynamic(lambda: methods.mest(DENSITY, until=UNTIL, interval=INTERVAL)),
+    "mest-parts": dynamic(
+        lambda: methods.mest(DENSITY, until=UNTIL, interval=INTERVAL, grow=by_gradient, redistribute=nonzeros),
+        own=False,
+    ),
     "mest-instead": dynamic(
         lambda: methods.mest(DENSITY, until=UNTIL, interval=INTERVAL, regrow_dropped="keep", timing="instead")
     ),
@@ -173,6 +230,24 @@ METHODS: dict[str, Row] = {
     ),
     "deep_r": Row(
         lambda: methods.deep_r(DENSITY, until=UNTIL, l1=1e-3, noise=1e-2), conserving=True, own=True, draws=True
+    ),
+    "deep_r-parts": Row(
+        lambda: methods.deep_r(
+            DENSITY, until=UNTIL, l1=1e-3, noise=1e-2, grow=by_gradient, redistribute=mean_magnitude
+        ),
+        conserving=True,
+        draws=True,
+    ),
+    "gse-parts": dynamic(
+        lambda: methods.gse(
+            DENSITY,
+            until=UNTIL,
+            interval=INTERVAL,
+            drop=lowest_globally(magnitude),
+            redistribute=mean_momentum,
+            decay=0.5,
+        ),
+        own=False,
     ),
     "gse": dynamic(lambda: methods.gse(DENSITY, until=UNTIL, interval=INTERVAL)),
     "gse-few": dynamic(

@@ -20,8 +20,9 @@ from regrow.core.topology import Topology
 from regrow.parts.allocation import erk, globally, uniform
 from regrow.parts.schedules import constant
 from regrow.tickets import Superposition, Ticket, ensemble, layer_preserving, plan, reexploring, triangular
+from support.dynamics import PLAIN, Watch, grow, magnitudes, without_lowest
 from support.pairs import Run, batch, tensors
-from support.paper import LR, Array, Program, exchange, only, sgd, stream, top
+from support.paper import LR, Array, Program, only, sgd, stream
 from support.table import OPTIMIZERS, STORAGES
 
 SHAPES = {"a": (5, 7), "b": (3, 4, 2), "c": (11,)}
@@ -344,7 +345,8 @@ class Superposed(Program):
     def train(self, step: int, pretrain: int, data: tuple[Tensor, Tensor]) -> None:
         g = self.gradients(data)
         if step > pretrain and (step - pretrain - 1) % CYCLE == 0:
-            exchange(self, FRACTION, "keep", lambda n, free, count: top(np.abs(g[n]), count, free))
+            kept = without_lowest(self, magnitudes(self), FRACTION, "keep")
+            grow(self, g, kept, PLAIN | {"grow": "gradient", "regrow_dropped": "keep"}, Watch())
         else:
             self.descend(g, self.rate(step, pretrain))
         if step >= pretrain and (step - pretrain) % CYCLE == 0:

@@ -212,7 +212,7 @@ def test_before_the_first_topologies_it_is_refused():
 
 
 def test_weights_that_are_computed_are_refused_until_they_are_hardened():
-    run = Run("masked", methods.RECIPES["str"](initial=-3.0)).go(1, 3)
+    run = Run("masked", methods.BY_NAME["str"](initial=-3.0)).go(1, 3)
     ticket = Ticket.of(run.sparsifier)
     before = everything(run)
     message = "ticket: str computes its weights from latent values, which no ticket holds: call"
@@ -238,7 +238,7 @@ def test_masked_storage_takes_a_denser_one():
 
 
 def test_what_it_makes_active_counts_as_explored():
-    run = Run("masked", methods.RECIPES["itop_set"](0.3, interval=3, until=30)).go(1, 2)
+    run = Run("masked", methods.BY_NAME["itop_set"](0.3, interval=3, until=30)).go(1, 2)
     seen = {w.name: w.state["explored"].clone() for w in run.sparsifier.weights}
     other = Run("masked", methods.static(0.2), seed=5)
     Ticket.of(other.sparsifier).install(run.sparsifier)

@@ -147,7 +147,7 @@ def _said(name: str, methods: list[str]) -> str:
     """What an option means: in the words of its best known method, and in those of others where it means more."""
     said = {method: _plain(options(method)[name].help) for method in methods}
     first = "rigl" if "rigl" in methods else methods[0]
-    others = {method: text for method, text in said.items() if name in DIFFERING and method != first}
+    others = {method: text for method, text in said.items() if name in DIFFERING and text != said[first]}
     return " ".join([said[first], *(f"Of {method}: {text}" for method, text in others.items())])
 
 

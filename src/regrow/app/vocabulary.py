@@ -16,10 +16,8 @@ from regrow import methods
 from regrow.app.procedures import Around, around
 from regrow.core.checks import require_density
 from regrow.core.method import Allocation, Drop, Growth, Method, Score, Start, Statistic
-from regrow.methods.dynamic import Anneal, smallest
-from regrow.methods.gradual import cosine_to_half_percent
-from regrow.methods.rewiring import sampled_gradient
-from regrow.parts import allocation, drops, growth, redistribution, schedules, scores, starts
+from regrow.methods.recipe import own_words, recipe
+from regrow.parts import Anneal, allocation, drops, growth, redistribution, schedules, scores, starts
 
 T = TypeVar("T")
 
@@ -28,16 +26,17 @@ ALLOCATIONS: dict[str, Allocation] = {
     "er": allocation.er,
     "erk": allocation.erk,
     "globally": allocation.globally,
+    "layer_adaptive": allocation.layer_adaptive,
 }
 ANNEALS: dict[str, Anneal] = {
     "constant": schedules.constant,
     "linear": schedules.linear,
     "cosine": schedules.cosine,
     "inverse_power": schedules.inverse_power,
-    "cosine_to_0.005": cosine_to_half_percent,
+    "cosine_to_0.005": schedules.cosine_to_half_percent,
 }
 DROPS: dict[str, Drop] = {
-    "magnitude": smallest,
+    "magnitude": drops.smallest,
     "per_sign": drops.lowest_per_sign,
     "threshold": drops.adaptive_threshold(),
     "taylor": drops.lowest(scores.taylor),
@@ -51,7 +50,7 @@ GROWTHS: dict[str, Growth] = {
     "momentum_neuron": growth.by_momentum_per_neuron,
     "unexplored_first": growth.unexplored_first,
     "mixed": growth.half_by_gradient,
-    "sampled": sampled_gradient(1.0),
+    "sampled": growth.sampled_gradient(1.0),
 }
 SCORES: dict[str, Score] = {
     "magnitude": scores.magnitude,
@@ -78,6 +77,7 @@ REDISTRIBUTIONS: dict[str, Statistic | None] = {
 }
 
 
+@recipe
 def small_dense(density: float | None, *, allocate: Allocation = allocation.erk) -> Method:
     """A dense network made narrow enough to take as many bits as the sparse one would.
 
@@ -91,6 +91,7 @@ def small_dense(density: float | None, *, allocate: Allocation = allocation.erk)
     return methods.dense()._replace(name="small_dense")
 
 
+@recipe
 def lottery(
     density: float | None,
     *,
@@ -118,7 +119,7 @@ def lottery(
     return methods.dense()._replace(name="lottery")
 
 
-RECIPES: dict[str, Callable[..., Method]] = {**methods.RECIPES, "small_dense": small_dense, "lottery": lottery}
+RECIPES: dict[str, Callable[..., Method]] = {**methods.BY_NAME, "small_dense": small_dense, "lottery": lottery}
 """Everything that `--method` accepts."""
 
 WHOLE_RUN = frozenset({"itop_set", "itop_rigl", "granet", "granet_uniform"})
@@ -154,11 +155,11 @@ class Option:
 
 def options(method: str) -> dict[str, Option]:
     """The options of a method, or of what goes `AROUND` any, read from signature and the docstring's Args section."""
-    recipe = around if method == AROUND else RECIPES[method]
-    hints = get_type_hints(recipe)
-    said = _args_section(inspect.getdoc(recipe) or "")
+    made = around if method == AROUND else RECIPES[method]
+    hints = get_type_hints(made)
+    said = own_words(inspect.getdoc(made) or "")
     found = {}
-    for name, parameter in inspect.signature(recipe).parameters.items():
+    for name, parameter in inspect.signature(made).parameters.items():
         parse, words = _parser(hints[name])
         default = None if parameter.default is parameter.empty else _word(parameter.default)
         default = until(method) if name == "until" else default
@@ -305,9 +306,3 @@ def _word(value: Any) -> Any:
             if known is value and value is not None:
                 return word
     return value
-
-
-def _args_section(doc: str) -> dict[str, str]:
-    match = re.search(r"Args:\n(.+?)(?:\n\n|\Z)", doc, re.S)
-    entries = re.findall(r"^ {4}(\w+): (.+?)(?=^ {4}\w+: |\Z)", match.group(1) + "\n", re.S | re.M) if match else []
-    return {name: " ".join(text.split()) for name, text in entries}

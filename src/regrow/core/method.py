@@ -32,7 +32,8 @@ Drop = Callable[[Sequence[SparseWeight], Sequence[float]], list[Topology]]
 """What stays: (weights, the fraction that each loses) -> the kept topology of each."""
 
 Allocation = Callable[[Sequence[Sized], Sequence[Tensor] | None, int | None], list[int]]
-"""Counts per weight: (weights, their scores or None, total or None) -> counts that sum to the total."""
+"""Counts per weight: (weights, their scores or None, total or None) -> counts that sum to the total, or to all that is
+active where that is less. One with a budget of its own, in FLOPs, says what its total means."""
 
 Statistic = Callable[[SparseWeight, Topology], float]
 """A weight's share of what is redistributed, >= 0: (weight before the drop, what it keeps) -> share."""

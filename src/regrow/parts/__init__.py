@@ -1,1 +1,257 @@
-"""What a method is made of."""
+"""Floor 2, what: the parts that a method is made of, in one flat namespace with its vocabulary.
+
+One import is enough for a method of your own:
+
+    from regrow.parts import Method, Need, by_gradient, cosine, drop_and_grow, erk, every, random_topology, smallest
+
+The nouns, and what there is of each (their types stand in `regrow.core.method`):
+
+* a score says how much each active entry deserves to stay: `magnitude`, `saliency`, `taylor`, ...
+* a drop says what stays when every weight loses a fraction: `lowest(score)`, `lowest_per_sign`, ...
+* a field is a value for every position, read block by block: `gradient`, `momentum`
+* a growth says where entries appear: `highest(field)`, `at_random`, `unexplored_first`, `mixed(...)`, ...
+* a statistic is a weight's share of what is redistributed: `mean_momentum`, `mean_magnitude`, `nonzeros`, `survivors`
+* an allocation says how many entries each weight gets: `uniform`, `erk`, `globally`, `layer_adaptive`, ...
+* a schedule is a number over training: `cosine`, `cubic`, `constant`, ...
+* a structure says which patterns are allowed: `rows`, `blocks(...)`, `n_of_m(...)`, `constant_fan_in`
+* an update changes topologies: `prune` and `drop_and_grow`, joined by `chain`, gated by `every`
+* a start makes the first topologies: `random_topology`, `by_score`, `prune_global`, `in_rounds`, ...
+* an observer watches every step: `keep_momentum`, `mark_explored`; what it keeps is `Remembered`
+* a reparametrization computes a weight from values that are trained in its place: `straight_through`, `gated`, ...
+"""
+
+from regrow.core.draws import Stream
+from regrow.core.method import (
+    Allocation,
+    Drop,
+    Field,
+    Growth,
+    Latent,
+    Method,
+    Need,
+    Observer,
+    Parts,
+    Probe,
+    Regrow,
+    Rule,
+    Score,
+    Start,
+    Statistic,
+    Structure,
+    Timing,
+    Trained,
+    Update,
+)
+from regrow.core.topology import (
+    Topology,
+    fan_in_scale,
+)
+from regrow.core.weight import (
+    Sized,
+    SparseWeight,
+    Weights,
+)
+from regrow.parts.allocation import (
+    Shaped,
+    apportion,
+    at_least,
+    by_flops,
+    counts,
+    er,
+    erk,
+    erk_power,
+    explicit,
+    globally,
+    last_at_least,
+    layer_adaptive,
+    proportional,
+    require_last,
+    uniform,
+)
+from regrow.parts.drops import (
+    adaptive_threshold,
+    keep_highest,
+    lowest,
+    lowest_globally,
+    lowest_per_sign,
+    share,
+    smallest,
+)
+from regrow.parts.growth import (
+    READS,
+    Reading,
+    at_random,
+    by_gradient,
+    by_momentum,
+    by_momentum_per_neuron,
+    gradient,
+    half_by_gradient,
+    highest,
+    highest_per_neuron,
+    mixed,
+    momentum,
+    needs_of,
+    require_finite,
+    sampled_gradient,
+    unexplored_first,
+)
+from regrow.parts.observers import (
+    EXPLORATION,
+    keep_momentum,
+    mark_explored,
+)
+from regrow.parts.redistribution import (
+    mean_magnitude,
+    mean_momentum,
+    nonzeros,
+    survivors,
+)
+from regrow.parts.remembered import (
+    BACKWARD_SET,
+    DROP_THRESHOLD,
+    EXPLORED,
+    GATE_LOGITS,
+    LATENT,
+    LOG_VARIANCE,
+    MOMENTUM,
+    MOVEMENT_SCORES,
+    PLACED,
+    SOFT_THRESHOLD,
+    TARGET,
+    Remembered,
+    Stateful,
+)
+from regrow.parts.reparametrizations import (
+    GATE_HIGH,
+    GATE_LOW,
+    DenseScore,
+    activate_highest,
+    activate_where,
+    dropout_divergence,
+    filled_with,
+    gated,
+    hard_concrete,
+    highest_positions,
+    latent_magnitude,
+    log_dropout,
+    noisy,
+    one_number,
+    open_probability,
+    ranked_counts,
+    soft_threshold,
+    start_by,
+    straight_through,
+)
+from regrow.parts.rounds import (
+    Candidates,
+    Sensitivity,
+    connection_sensitivity,
+    every_position,
+    gradient_flow,
+    in_rounds,
+    outputs_in_rounds,
+    remaining,
+    synaptic_flow,
+)
+from regrow.parts.schedules import (
+    Anneal,
+    Schedule,
+    constant,
+    cosine,
+    cosine_to,
+    cosine_to_half_percent,
+    cubic,
+    inverse_power,
+    linear,
+)
+from regrow.parts.scores import (
+    magnitude,
+    magnitude_and_gradient,
+    random,
+    saliency,
+    taylor,
+)
+from regrow.parts.starts import (
+    by_score,
+    dense,
+    given,
+    prune_and_grow_global,
+    prune_and_grow_structured,
+    prune_and_grow_uniform,
+    prune_global,
+    prune_structured,
+    prune_uniform,
+    random_topology,
+    scale_to_fan_in,
+)
+from regrow.parts.structures import (
+    best_of_each,
+    blocks,
+    by_output,
+    constant_fan_in,
+    evenly,
+    fan_ins,
+    n_of_m,
+    of_outputs,
+    outputs_of,
+    rows,
+    unstructured,
+)
+from regrow.parts.updates import (
+    chain,
+    checked,
+    drop_and_grow,
+    every,
+    everywhere,
+    grown_counts,
+    prune,
+    prune_to,
+    reached,
+    rewire,
+)
+
+# fmt: off
+__all__ = [  # noqa: RUF022 - by noun
+    # Vocabulary
+    "Allocation", "Drop", "fan_in_scale", "Field", "Growth", "Latent", "Method", "Need", "Observer", "Parts",
+    "Probe", "Regrow", "Rule", "Score", "Sized", "SparseWeight", "Start", "Statistic", "Stream", "Structure", "Timing",
+    "Topology", "Trained", "Update", "Weights",
+    # Scores
+    "magnitude", "magnitude_and_gradient", "random", "saliency", "taylor",
+    # Drops
+    "adaptive_threshold", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign", "share", "smallest",
+    # Fields and growths
+    "at_random", "by_gradient", "by_momentum", "by_momentum_per_neuron", "gradient", "half_by_gradient", "highest",
+    "highest_per_neuron", "mixed", "momentum", "needs_of", "Reading", "READS", "require_finite", "sampled_gradient",
+    "unexplored_first",
+    # Statistics
+    "mean_magnitude", "mean_momentum", "nonzeros", "survivors",
+    # Allocations
+    "apportion", "at_least", "by_flops", "counts", "er", "erk", "erk_power", "explicit", "globally",
+    "last_at_least", "layer_adaptive", "proportional", "require_last", "Shaped", "uniform",
+    # Schedules
+    "Anneal", "constant", "cosine", "cosine_to", "cosine_to_half_percent", "cubic", "inverse_power", "linear",
+    "Schedule",
+    # Structures
+    "best_of_each", "blocks", "by_output", "constant_fan_in", "evenly", "fan_ins", "n_of_m", "of_outputs",
+    "outputs_of", "rows", "unstructured",
+    # Updates
+    "chain", "checked", "drop_and_grow", "every", "everywhere", "grown_counts", "prune", "prune_to", "reached",
+    "rewire",
+    # Starts
+    "by_score", "dense", "given", "prune_and_grow_global", "prune_and_grow_structured", "prune_and_grow_uniform",
+    "prune_global", "prune_structured", "prune_uniform", "random_topology", "scale_to_fan_in",
+    # Starts in rounds
+    "Candidates", "connection_sensitivity", "every_position", "gradient_flow", "in_rounds", "outputs_in_rounds",
+    "remaining", "Sensitivity", "synaptic_flow",
+    # Observers
+    "EXPLORATION", "keep_momentum", "mark_explored",
+    # What is remembered
+    "BACKWARD_SET", "DROP_THRESHOLD", "EXPLORED", "GATE_LOGITS", "LATENT", "LOG_VARIANCE", "MOMENTUM",
+    "MOVEMENT_SCORES", "PLACED", "Remembered", "SOFT_THRESHOLD", "Stateful", "TARGET",
+    # Reparametrizations
+    "activate_highest", "activate_where", "DenseScore", "dropout_divergence", "filled_with", "GATE_HIGH",
+    "GATE_LOW", "gated", "hard_concrete", "highest_positions", "latent_magnitude", "log_dropout", "noisy",
+    "one_number", "open_probability", "ranked_counts", "soft_threshold", "start_by", "straight_through",
+]
+# fmt: on

@@ -1,14 +1,18 @@
 """How many entries each weight gets: exact integers that sum to the total.
 
 An allocation is called with the weights, their scores (None where there are none) and the total, and returns one
-count per weight, at most what is active there now. Uniform, ER and ERK read shapes; `globally` reads scores.
+count per weight, at most what is active there now: all of it where the total is more. `uniform`, `er` and `erk` read
+shapes; `globally` and `layer_adaptive` read scores. `at_least`, `last_at_least`, `explicit` and `by_flops` go around
+another allocation.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import cast
 
 import torch
@@ -24,8 +28,8 @@ from regrow.core.weight import Sized, SparseWeight, Weights
 def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> list[int]:
     """Integers proportional to `shares`, none above its `capacity`, that sum to exactly `total`.
 
-    What a full place cannot hold goes to the others in proportion; where all shares left are zero, in proportion
-    to capacity. Fractions become integers by largest remainder (then larger share, larger capacity, earlier).
+    What a full place cannot hold goes to the others in proportion to their shares, or to their capacity when all of
+    these shares are zero. Fractions become integers by largest remainder (then larger share, larger capacity, earlier).
 
     Args:
         shares: (n,) numbers >= 0.
@@ -77,7 +81,7 @@ def proportional(share: Callable[[Sized], float]) -> Allocation:
     """Counts proportional to `share(weight)`, capped at what each weight holds."""
 
     def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
-        return apportion([share(w) for w in weights], _given(total), [w.topology.nnz for w in weights])
+        return apportion([share(w) for w in weights], _given(total, weights), [w.topology.nnz for w in weights])
 
     return allocate
 
@@ -117,10 +121,103 @@ def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: i
                 "has diverged"
             )
     pooled = torch.cat([s.to(scores[0].device) for s in scores])
-    chosen = selection.highest(pooled, _given(total))
+    chosen = selection.highest(pooled, _given(total, weights))
     ends = torch.tensor([s.numel() for s in scores]).cumsum(0)
     upto = torch.searchsorted(chosen, ends.to(chosen.device)).tolist()
     return [after - before for before, after in zip([0, *upto[:-1]], upto, strict=True)]
+
+
+def layer_adaptive(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+    """LAMP: each weight's count among the `total` highest s^2 / (sum of t^2 over t that rank at or above s in it).
+
+    A score is compared with those of its own weight that are not smaller, so that weights of different scale can be
+    ranked together. In each weight the largest has 1, so none is emptied while the total allows it, and the order
+    within a weight is that of the scores themselves. With magnitudes as scores this is the paper's rule.
+
+    Raises:
+        ValueError: without scores, as for a random start, or when one is NaN or negative, naming the weight.
+
+    Source: Lee et al. 2021, Layer-adaptive Sparsity for the Magnitude-based Pruning, equation 4, written as an
+    allocation. Equal scores rank by position. Counts are exact, where the code's threshold keeps ties.
+    """
+    if scores is None:
+        raise ValueError("layer_adaptive ranks scores, and a random start has none: allocate by uniform, er or erk")
+    for weight, score in zip(weights, scores, strict=True):
+        if bool((score < 0).any()):
+            raise ValueError(
+                f"{weight.name}: {int((score < 0).sum()):,} of {score.numel():,} scores are negative, and "
+                "layer_adaptive squares them: rank magnitudes"
+            )
+    return globally(weights, [_relative(s) for s in scores], total)
+
+
+def _relative(score: Tensor) -> Tensor:
+    """s^2 over the sum of squares of all that rank at or above it, (n,) float64; 0 where that sum is 0.
+
+    On the CPU, since on a GPU the order of a sum, and with it a near tie, is not the same in every run.
+    """
+    squares = score.detach().cpu().double().square()
+    ranked, order = squares.nan_to_num(nan=0.0, posinf=math.inf).sort(descending=True, stable=True)
+    relative = torch.empty_like(ranked)
+    relative[order] = (ranked / ranked.cumsum(0)).masked_fill(ranked == 0, 0.0)
+    return relative.masked_fill(squares.isnan(), math.nan)
+
+
+def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
+    """`allocate` with a budget in multiplications: at density d the sparse weights cost a share d of the dense ones.
+
+    The counts are those that `allocate` gives for the largest total whose multiplications, summed over weights as
+    count x uses, are at most that share. So the entries are an outcome, and the density that a table shows is not d.
+    `allocate` is asked about log2(entries) times.
+    Where every weight has the same uses this is `allocate` itself; around `uniform` it changes no more than rounding.
+
+    Args:
+        uses: glob of a weight's or module's name -> how often one entry is multiplied for an example, at least 0: 1 for
+            a linear layer, the output positions for a convolution. The first match counts, and globs that match
+            nothing are ignored, so
+            that {row.name: row.times[0] for row in regrow.metrics.flops(model, x).layers} will do.
+        allocate: shares a total among the weights: `erk` for RigL's densities at a FLOP budget.
+
+    Raises:
+        ValueError: when a number of uses is negative or not finite; from the allocation, for a weight without uses, or
+            when nothing is ever multiplied.
+
+    Source: the rule is this library's; uses are counted as by Evci et al. 2020, Rigging the Lottery, appendix H. Their
+    ERK network costs 0.42 of the FLOPs of a dense ResNet-50 at density 0.2, their uniform one 0.23.
+
+    Examples:
+        >>> shapes = {"conv": (10, 40), "fc": (10, 100)}
+        >>> counts(by_flops({"conv": 25, "fc": 1}, erk), shapes, 0.1)
+        {'conv': 40, 'fc': 89}
+        >>> counts(erk, shapes, 0.1)
+        {'conv': 44, 'fc': 96}
+    """
+    for pattern, use in uses.items():
+        if not 0 <= use < math.inf:
+            raise ValueError(f"by_flops: the uses of {pattern!r} must be finite and at least 0, got {use:g}")
+
+    def budgeted(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
+        unknown = [w.name for w in weights if _first_match(w.name, uses) is None]
+        if unknown:
+            raise ValueError(f"by_flops: no uses for {', '.join(unknown)}: add globs")
+        if total is None:
+            raise ValueError("by_flops: give a density, which is the share of the dense weights' multiplications")
+        costs = [Fraction(_first_match(w.name, uses) or 0) for w in weights]
+        sizes = [math.prod(w.shape) for w in weights]
+        dense = sum(c * n for c, n in zip(costs, sizes, strict=True))
+        if dense == 0:
+            raise ValueError(f"by_flops: no entry of {', '.join(w.name for w in weights)} is ever multiplied")
+        # Fractions, so that a budget which the counts meet exactly is met.
+        budget = Fraction(total, sum(sizes)) * dense
+
+        def fits(entries: int) -> bool:
+            found = allocate(weights, scores, entries)
+            return sum(c * n for c, n in zip(costs, found, strict=True)) <= budget
+
+        held = sum(w.topology.nnz for w in weights)
+        return allocate(weights, scores, bisect.bisect_left(range(1, held + 1), True, key=lambda n: not fits(n)))
+
+    return budgeted
 
 
 def at_least(minimum: int, allocate: Allocation) -> Allocation:
@@ -135,8 +232,8 @@ def at_least(minimum: int, allocate: Allocation) -> Allocation:
 def last_at_least(density: float, layer: str | None, allocate: Allocation) -> Allocation:
     """`allocate`, except that one layer, commonly the last, never falls below `density` (or all it holds).
 
-    With `uniform` and density d overall, the others get the density (d N - density n) / (N - n) as soon as d falls
-    below `density`, with n entries in that layer and N in all.
+    Let that layer have n entries of N in all. With `uniform` and an overall density d below `density`, the others get
+    the density (d N - density n) / (N - n).
 
     Args:
         density: the least density of that layer, in [0, 1].
@@ -164,7 +261,7 @@ def last_at_least(density: float, layer: str | None, allocate: Allocation) -> Al
     def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
         # Decided before any weight is held: among the remaining ones another would be the last.
         held = {weights[i].name for i in _layer(layer, weights)}
-        require_last(density, layer, weights, _given(total))
+        require_last(density, layer, weights, _given(total, weights))
 
         def floors(those: Sequence[Sized]) -> list[int]:
             return [_count(w, density) if w.name in held else 0 for w in those]
@@ -206,11 +303,12 @@ def _with_floors(name: str, floors: Callable[[Sequence[Sized]], Sequence[int]], 
     def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
         least = [min(n, w.topology.nnz) for n, w in zip(floors(weights), weights, strict=True)]
         held: dict[int, int] = {}
+        given_total = _given(total, weights)
         while True:
             rest = [i for i in range(len(weights)) if i not in held]
-            left = _given(total) - sum(held.values())
+            left = given_total - sum(held.values())
             if left < 0:
-                raise ValueError(f"{name}: {_given(total):,} entries are too few for {len(weights)} weights")
+                raise ValueError(f"{name}: {given_total:,} entries are too few for {len(weights)} weights")
             counts = allocate([weights[i] for i in rest], scores and [scores[i] for i in rest], left) if rest else []
             given = dict(zip(rest, counts, strict=True))
             short = {i: least[i] for i in rest if given[i] < least[i]}
@@ -243,7 +341,7 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
             raise ValueError(f"explicit: the density of {pattern!r} must lie in [0, 1], got {density:g}")
 
     def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
-        given = {i: _count(w, d) for i, w in enumerate(weights) if (d := _density_of(w.name, densities)) is not None}
+        given = {i: _count(w, d) for i, w in enumerate(weights) if (d := _first_match(w.name, densities)) is not None}
         _require_matches(densities, weights)
         others = [i for i in range(len(weights)) if i not in given]
         held = sum(given.values())
@@ -258,15 +356,16 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
                 "change one, or leave the density out (None)"
             )
         if others and rest is not None:
-            chosen = rest([weights[i] for i in others], scores and [scores[i] for i in others], _given(total) - held)
+            left = _given(total, weights) - held
+            chosen = rest([weights[i] for i in others], scores and [scores[i] for i in others], left)
             given |= dict(zip(others, chosen, strict=True))
         return [given[i] for i in range(len(weights))]
 
     return allocate
 
 
-def _density_of(name: str, densities: Mapping[str, float]) -> float | None:
-    return next((d for pattern, d in densities.items() if matches(pattern, name)), None)
+def _first_match(name: str, numbers: Mapping[str, float]) -> float | None:
+    return next((n for pattern, n in numbers.items() if matches(pattern, name)), None)
 
 
 def _count(weight: Sized, density: float) -> int:
@@ -304,7 +403,8 @@ class Shaped:
     in_axis: int = 1
 
 
-def _given(total: int | None) -> int:
+def _given(total: int | None, weights: Sequence[Sized]) -> int:
+    """The total, or all that is active where that is less."""
     if total is None:
         raise ValueError("this allocation shares out a total: give a density, or an explicit density for every weight")
-    return total
+    return min(total, sum(w.topology.nnz for w in weights))

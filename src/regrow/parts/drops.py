@@ -12,6 +12,8 @@ from regrow.core.method import Drop, Score
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight
 from regrow.parts.allocation import at_least, globally
+from regrow.parts.remembered import DROP_THRESHOLD
+from regrow.parts.scores import magnitude
 
 
 def keep_highest(weight: SparseWeight, score: Tensor, count: int) -> Topology:
@@ -40,6 +42,10 @@ def lowest(score: Score) -> Drop:
         ]
 
     return drop
+
+
+smallest: Drop = lowest(magnitude)
+"""Drop the smallest magnitudes of every weight."""
 
 
 def lowest_globally(score: Score) -> Drop:
@@ -78,13 +84,14 @@ def lowest_globally(score: Score) -> Drop:
 
 
 def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
-    """Drop all and only the entries with |w| <= tau, one tau for the network, which follows what is asked for.
+    """Drop the entries with |w| <= tau and no others. The network has one tau, which adapts to the drop fraction.
 
-    How many are dropped is what tau says; `drop_and_grow` grows as many. Where fewer than (1 - tolerance) of the
-    expected sum of floor(fraction nnz) went, tau is doubled for the next time, where more than (1 + tolerance), halved.
-    A weight keeps its largest entry at least. One whose fraction is 0 loses nothing and is expected to lose nothing.
+    tau decides how many are dropped, and `drop_and_grow` grows as many. The expected number is the sum of
+    floor(fraction nnz). If fewer than (1 - tolerance) of it were dropped, tau is doubled for the next time; if more
+    than (1 + tolerance), tau is halved. A weight always keeps its largest entry. A weight whose fraction is 0 loses
+    nothing and is expected to lose nothing.
 
-    tau lies in state "threshold" of every weight, float64 (2,), beside how often it was used.
+    tau is remembered as `DROP_THRESHOLD` of every weight, beside how often it was used.
 
     Args:
         first: tau at the first drop, above 0.
@@ -116,7 +123,7 @@ def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
         elif dropped > (1 + tolerance) * expected:
             tau = max(tau / 2, 1 / _LARGEST)
         for weight in weights:
-            weight.state["threshold"] = torch.tensor([tau, uses + 1], dtype=torch.float64)
+            DROP_THRESHOLD.set(weight, torch.tensor([tau, uses + 1], dtype=torch.float64))
         return kept
 
     return drop
@@ -127,7 +134,7 @@ _LARGEST = 2.0**100
 
 
 def _threshold(weight: SparseWeight, first: float) -> tuple[float, float]:
-    tau, uses = weight.state["threshold"].tolist() if "threshold" in weight.state else (first, 0.0)
+    tau, uses = DROP_THRESHOLD.of(weight).tolist() if DROP_THRESHOLD.known(weight) else (first, 0.0)
     return tau, uses
 
 
@@ -141,8 +148,8 @@ def lowest_per_sign(weights: Sequence[SparseWeight], fractions: Sequence[float])
     """Drop the smallest positive and the largest negative values: ceil(fraction n) of each sign, and every zero.
 
     Source: Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse connectivity
-    inspired by network science, Algorithm 1 and its published code. A weight of which the fraction is 0 keeps
-    its zeros here, so that a fraction of 0 changes nothing.
+    inspired by network science, Algorithm 1 and its published code. Here a weight keeps its zeros when its fraction
+    is 0, so that a fraction of 0 changes nothing.
     """
     return [_per_sign(w, f) for w, f in zip(weights, fractions, strict=True)]
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from regrow.core import selection
-from regrow.core.method import Field, Growth, Need
+from regrow.core.method import Field, Growth, Need, Statistic
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight
 from regrow.parts import drops
 from regrow.parts.allocation import apportion
-from regrow.parts.observers import momentum_of
+from regrow.parts.redistribution import mean_momentum
+from regrow.parts.remembered import EXPLORED, MOMENTUM
 
 
 def gradient(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
@@ -31,11 +32,11 @@ def gradient(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
 
 
 def momentum(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
-    """The running mean of gradients that `observers.momentum` keeps at every position; a `Field`.
+    """The running mean of gradients that `keep_momentum` keeps at every position; a `Field`.
 
     Source: Dettmers and Zettlemoyer 2019, Sparse Networks from Scratch, section 3.
     """
-    yield 0, momentum_of(weight)
+    yield 0, MOMENTUM.of(weight)
 
 
 def at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
@@ -50,8 +51,8 @@ def at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
 def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
     """Positions drawn uniformly among those never active, and only then among the others; a `Growth`.
 
-    Where fewer than `count` are left that were never active, all of them grow, and the rest is drawn uniformly among
-    the others outside `taken`. What was dropped a moment ago was active, so it counts among the others.
+    If fewer than `count` positions were never active, all of these grow, and the rest is drawn uniformly among the
+    others outside `taken`. An entry that was just dropped was active, so it is one of the others.
 
     Raises:
         ValueError: when the method keeps no record of explored positions, naming the weight.
@@ -59,11 +60,7 @@ def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tenso
     Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, its code's growth "random_unfired".
     There the rest is drawn entry by entry, so that the count is right on average only.
     """
-    if "explored" not in weight.state:
-        raise ValueError(
-            f"{weight.name} has no record of explored positions: add Need.EXPLORED to the needs of the method"
-        )
-    fresh = ~weight.state["explored"]
+    fresh = ~EXPLORED.of(weight)
     fresh[taken.indices.to(fresh.device)] = False
     positions = fresh.nonzero().view(-1)
     ranks = weight.generator.subset(positions.numel(), min(count, positions.numel()))
@@ -77,26 +74,30 @@ def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tenso
 READS: dict[Any, Need] = {
     gradient: Need.GRADIENT,
     momentum: Need.EVERY_GRADIENT,
+    mean_momentum: Need.EVERY_GRADIENT,
     at_random: Need.NOTHING,
     unexplored_first: Need.EXPLORED,
 }
-"""What fields and growths that are plain functions read; `momentum` also needs its observer."""
+"""What fields, growths and statistics that are plain functions read."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A growth made from others, or from fields, with what it `needs`."""
+class Reading(Generic[_P, _T]):
+    """A growth or a statistic with what it `needs`: those made from others know it, and one of your own can say it."""
 
-    place: Growth
+    part: Callable[_P, _T]
     needs: Need
 
-    def __call__(self, weight: SparseWeight, taken: Topology, count: int) -> Tensor:
-        """Positions outside `taken`, (count,)."""
-        return self.place(weight, taken, count)
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What `part` answers."""
+        return self.part(*args, **kwargs)
 
 
-def needs_of(grow: Growth) -> Need:
-    """What a method that grows by `grow` must be given.
+def needs_of(*parts: Growth | Statistic | None) -> Need:
+    """What a method must be given that grows by these and redistributes by these; None reads nothing.
 
     `EVERY_GRADIENT` says that an observer must keep the running mean that is read. A function that is not in `READS`
     is taken to read nothing; wrap it in `Reading` to say otherwise.
@@ -104,23 +105,13 @@ def needs_of(grow: Growth) -> Need:
     Examples:
         >>> needs_of(mixed(highest(gradient), unexplored_first, 0.5))
         <Need.GRADIENT|EXPLORED: 5>
+        >>> needs_of(at_random, mean_momentum)
+        <Need.EVERY_GRADIENT: 2>
     """
-    return grow.needs if isinstance(grow, Reading) else READS.get(grow, Need.NOTHING)
-
-
-def needs_unobserved(method: str, grow: Growth) -> Need:
-    """`needs_of` for a `method` that observes nothing.
-
-    Raises:
-        ValueError: when `grow` reads what an observer keeps.
-    """
-    needs = needs_of(grow)
-    if Need.EVERY_GRADIENT in needs:
-        raise ValueError(
-            f"{method}: this growth reads a running mean of gradients, which {method} does not keep: grow by the "
-            "gradient or at random, or compose a method with observe=observers.momentum(decay) as snfs does"
-        )
-    return needs
+    found = Need.NOTHING
+    for part in parts:
+        found |= part.needs if isinstance(part, Reading) else READS.get(part, Need.NOTHING)
+    return found
 
 
 def highest(field: Field) -> Growth:
@@ -183,8 +174,35 @@ def highest_per_neuron(field: Field) -> Growth:
     return Reading(grow, _needs_of_field(field))
 
 
+def sampled_gradient(gamma: float) -> Growth:
+    """Grow where |gradient| is largest among floor(gamma nnz) candidates drawn uniformly outside the taken entries.
+
+    There are at least as many candidates as entries to grow, and at most as many as there are free positions. The
+    gradient is read at the candidates alone. Equal values go to the lower position.
+
+    Args:
+        gamma: candidates per active entry, finite and at least 0.
+
+    Raises:
+        ValueError: from the growth, when a gradient is not finite, naming the weight.
+
+    Source: Heddes et al. 2024, section 3.
+    """
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"sampled_gradient: gamma must be finite and at least 0, got {gamma:g}")
+
+    def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        free = taken.numel - taken.nnz
+        candidates = at_random(weight, taken, min(free, max(count, math.floor(gamma * weight.topology.nnz))))
+        score = weight.grads_at(candidates).abs()
+        require_finite(weight, score)
+        return candidates[selection.highest(score, count).to(candidates.device)]
+
+    return Reading(grow, Need.GRADIENT)
+
+
 def mixed(first: Growth, second: Growth, share: float) -> Growth:
-    """floor(share count) positions by `first`, the rest by `second` outside of what the first took.
+    """Choose floor(share count) positions by `first`, and the rest by `second` among what is left.
 
     Args:
         first: places its part as if alone.
@@ -225,13 +243,18 @@ def _scores(weight: SparseWeight, field: Field) -> Iterator[tuple[int, Tensor]]:
     """|field| in float32 or wider, block by block; not finite is an error that names the weight."""
     for first, values in field(weight):
         score = values.abs() if values.dtype == torch.float64 else values.abs().float()
-        if not selection.is_finite(score):
-            bad = int((~score.isfinite()).sum())
-            raise ValueError(
-                f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the "
-                "learning rate, or skip such steps with a gradient scaler"
-            )
+        require_finite(weight, score)
         yield first, score
+
+
+def require_finite(weight: SparseWeight, score: Tensor) -> None:
+    """Raise ValueError when a growth `score` (n,) is not finite, naming the weight."""
+    if not selection.is_finite(score):
+        bad = int((~score.isfinite()).sum())
+        raise ValueError(
+            f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the learning rate, "
+            "or skip such steps with a gradient scaler"
+        )
 
 
 def _neuron_of(weight: SparseWeight) -> Callable[[Tensor], Tensor]:

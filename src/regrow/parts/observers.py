@@ -1,20 +1,22 @@
-"""What is watched at every step: functions that keep something in `weight.state`."""
+"""What is watched at every step. An observer keeps what it sees in the weight's `state`."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from regrow.core.method import Observer
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight
+from regrow.parts.remembered import EXPLORED, MOMENTUM, PLACED
 
-EXPLORATION = ("explored", "placed")
-"""The state of a weight that `mark_explored` keeps."""
+EXPLORATION = (EXPLORED.key, PLACED.key)
+"""The keys of the state that `mark_explored` keeps."""
 
 
-def momentum(decay: float) -> Observer:
-    """Keep v <- decay v + (1 - decay) g over every position, in state "momentum" (numel,), before each step.
+def keep_momentum(decay: float) -> Observer:
+    """Keep `MOMENTUM`, v <- decay v + (1 - decay) g at every position, (numel,), before each step.
 
     Source: Dettmers and Zettlemoyer 2019, Sparse Networks from Scratch, section 3. The paper reads the optimizer's
     own buffer; a mean of its own works with any optimizer, and the factor 1 - decay changes no ranking.
@@ -22,41 +24,25 @@ def momentum(decay: float) -> Observer:
 
     def observe(weight: SparseWeight) -> None:
         for first, block in weight.grad_blocks():
-            if "momentum" not in weight.state:
-                # In half precision the mean of a constant gradient stalls on the way.
-                dtype = torch.promote_types(block.dtype, torch.float32)
-                weight.state["momentum"] = block.new_zeros(weight.topology.numel, dtype=dtype)
-            mean = weight.state["momentum"][first : first + block.numel()]
-            mean.lerp_(block.to(mean.dtype), 1 - decay)
+            # In half precision the mean of a constant gradient stalls on the way.
+            dtype = torch.promote_types(block.dtype, torch.float32)
+            whole = MOMENTUM.begin(weight, partial(block.new_zeros, weight.topology.numel, dtype=dtype))
+            whole[first : first + block.numel()].lerp_(block.to(whole.dtype), 1 - decay)
 
     return observe
 
 
-def momentum_of(weight: SparseWeight) -> Tensor:
-    """The running mean of gradients, (numel,).
-
-    Raises:
-        ValueError: when the method does not observe it.
-    """
-    if "momentum" not in weight.state:
-        raise ValueError(f"{weight.name} has no running mean of gradients: give the method observe=momentum(decay)")
-    return weight.state["momentum"]
-
-
 def mark_explored(weight: SparseWeight, before: Topology | None = None) -> None:
-    """Add the present topology to state "explored", bool (numel,): every position that was ever active.
+    """Keep `EXPLORED`, every position that was ever active, and `PLACED`, how often an entry became active.
 
-    State "placed", int64 (), counts how often an entry became active, that of the first topology included; after a
-    change of topology, `before` is what it was.
+    The entries of the first topology count too. After a change of topology, `before` is what it was.
 
     Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, section 3.2.
     """
     now = weight.topology
-    if "explored" not in weight.state:
-        weight.state["explored"] = torch.zeros(now.numel, dtype=torch.bool)
-        weight.state["placed"] = torch.zeros((), dtype=torch.int64)
-    weight.state["placed"] += now.nnz if before is None else now.without(before).numel()
-    explored = weight.state["explored"]
+    explored = EXPLORED.begin(weight, lambda: torch.zeros(now.numel, dtype=torch.bool))
+    placed = PLACED.begin(weight, lambda: torch.zeros((), dtype=torch.int64))
+    placed += now.nnz if before is None else now.without(before).numel()
     if now.is_dense:
         explored[:] = True
     else:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight
-from regrow.parts.observers import momentum_of
+from regrow.parts.remembered import MOMENTUM
 
 
 def mean_momentum(weight: SparseWeight, kept: Topology) -> float:
-    """Mean |v| over active entries, with v from `observers.momentum`; 0 for an empty weight."""
-    momentum = momentum_of(weight)
+    """Mean |v| over active entries, with v from `keep_momentum`; 0 for an empty weight."""
+    momentum = MOMENTUM.of(weight)
     return _mean(momentum[weight.topology.indices.to(momentum.device)].abs())
 
 

@@ -1,4 +1,4 @@
-"""Weights that are computed from others: how topologies are chosen, the maps from latent values, and penalties.
+"""Weights that are computed from others: how topologies are chosen, maps from latent values, and penalties.
 
 The maps are pure functions of `Parts`; gradients are autograd's.
 """
@@ -18,32 +18,28 @@ from regrow.core.method import Allocation, Parts, Rule, Start, Structure, Update
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight, Weights
 from regrow.parts.allocation import Shaped
+from regrow.parts.remembered import LATENT, LOG_VARIANCE, MOVEMENT_SCORES, SOFT_THRESHOLD
 
 _log = logging.getLogger("regrow")
 
-Everywhere = Callable[[SparseWeight], Tensor]
-"""A value for every position: weight -> (numel,)."""
+DenseScore = Callable[[SparseWeight], Tensor]
+"""How much each position deserves to be active, active now or not: weight -> (numel,)."""
 
 
-def magnitude(weight: SparseWeight) -> Tensor:
-    """|latent value| at every position, (numel,)."""
-    return weight.state["latent"].view(-1).abs()
+def latent_magnitude(weight: SparseWeight) -> Tensor:
+    """|v| of the latent values at every position, (numel,); a `DenseScore`."""
+    return LATENT.flat(weight).abs()
 
 
-def state(name: str) -> Everywhere:
-    """What the weight's state holds under `name`, (numel,)."""
-    return lambda weight: weight.state[name].view(-1)
-
-
-def select(
+def activate_highest(
     density: Callable[[int], float] | None,
-    score: Everywhere,
+    score: DenseScore,
     allocate: Allocation,
     *,
     last: float | None,
     structure: Structure | None = None,
 ) -> Update:
-    """Activate the highest `score` among all positions, active or not, in counts of `allocate`, after every step.
+    """After every step activate the positions of highest `score`, in counts of `allocate`; all may come back.
 
     Args:
         density: step -> active share; None leaves the counts to an explicit allocation.
@@ -56,7 +52,7 @@ def select(
     def apply(weights: Weights, step: int) -> None:
         scores = [score(w) for w in weights]
         counts = ranked_counts(weights, scores, None if density is None else density(step), allocate)
-        chosen = [highest(w, s, n, structure) for w, s, n in zip(weights, scores, counts, strict=True)]
+        chosen = [highest_positions(w, s, n, structure) for w, s, n in zip(weights, scores, counts, strict=True)]
         for weight, topology in zip(weights, chosen, strict=True):
             weight.rewire(topology)
 
@@ -69,7 +65,7 @@ def ranked_counts(weights: Weights, scores: list[Tensor], density: float | None,
     return allocate(whole, scores, None if density is None else weights.total(density))
 
 
-def highest(weight: SparseWeight, score: Tensor, count: int, structure: Structure | None = None) -> Topology:
+def highest_positions(weight: SparseWeight, score: Tensor, count: int, structure: Structure | None = None) -> Topology:
     """The `count` positions of highest `score` (numel,).
 
     Raises:
@@ -85,8 +81,8 @@ def highest(weight: SparseWeight, score: Tensor, count: int, structure: Structur
         raise ValueError(f"{weight.name}: {error}") from None
 
 
-def where(condition: Everywhere) -> Update:
-    """Activate the positions where `condition` holds, after every step: the counts are an outcome.
+def activate_where(condition: DenseScore) -> Update:
+    """After every step activate the positions where `condition` holds: the counts are an outcome.
 
     A weight that loses its last entry is named in the log `regrow`.
 
@@ -96,7 +92,7 @@ def where(condition: Everywhere) -> Update:
 
     def apply(weights: Weights, step: int) -> None:
         for weight in weights:
-            values = weight.state["latent"]
+            values = LATENT.of(weight)
             if not selection.is_finite(values) and bool(values.isnan().any()):
                 bad = int(values.isnan().sum())
                 raise ValueError(f"{weight.name}: {bad:,} of {values.numel():,} values are NaN: training has diverged")
@@ -109,7 +105,7 @@ def where(condition: Everywhere) -> Update:
     return (Rule(apply),)
 
 
-def now(update: Update) -> Start:
+def start_by(update: Update) -> Start:
     """A start that does what `update` does after a step."""
 
     def make(weights: Weights, probe: object) -> None:
@@ -124,7 +120,7 @@ def now(update: Update) -> Start:
 
 
 def straight_through(parts: Parts) -> Tensor:
-    """The latent values themselves; outside the topology the weight is zero, and the gradient as if it were not.
+    """The latent values themselves. The weight is zero outside the topology; the gradient passes as if it were not.
 
     Source: Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, section 4.
     """
@@ -132,40 +128,40 @@ def straight_through(parts: Parts) -> Tensor:
 
 
 def gated(parts: Parts) -> Tensor:
-    """v times a gate that is 1 where active, else 0, whose gradient goes straight to state "scores".
+    """v times a gate that is 1 where active, else 0, whose gradient goes straight to `MOVEMENT_SCORES`.
 
     dL/dv = gate dL/dw and dL/ds = v dL/dw.
 
     Source: Sanh et al. 2020, Movement Pruning, section 4, equations 1 and 2.
     """
-    scores = parts.state["scores"]
+    scores = MOVEMENT_SCORES.of(parts)
     return parts.latent * (parts.active + scores - scores.detach())
 
 
 def soft_threshold(parts: Parts, g: Callable[[Tensor], Tensor]) -> Tensor:
-    """sign(v) max(|v| - g(s), 0) with s in state "threshold", (1,).
+    """sign(v) max(|v| - g(s), 0) with s the `SOFT_THRESHOLD`, (1,).
 
     Source: Kusupati et al. 2020, Soft Threshold Weight Reparameterization, equation 3.
     """
-    return parts.latent.sign() * F.relu(parts.latent.abs() - g(parts.state["threshold"]))
+    return parts.latent.sign() * F.relu(parts.latent.abs() - g(SOFT_THRESHOLD.of(parts)))
 
 
 def noisy(parts: Parts) -> Tensor:
-    """v + sigma e with log sigma^2 in state "log_variance"; v where there is no noise.
+    """v + sigma e with log sigma^2 the `LOG_VARIANCE`; v where there is no noise.
 
     Source: Molchanov et al. 2017, Variational Dropout Sparsifies Deep Neural Networks, equation 11.
     """
     if parts.noise is None:
         return parts.latent
-    return parts.latent + (parts.state["log_variance"] / 2).exp() * parts.noise
+    return parts.latent + (LOG_VARIANCE.of(parts) / 2).exp() * parts.noise
 
 
-LOW, HIGH = -0.1, 1.1
+GATE_LOW, GATE_HIGH = -0.1, 1.1
 """The interval to which a concrete gate is stretched. Source: Louizos et al. 2018, section 4.1."""
 
 
 def hard_concrete(log_alpha: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-    """clip(s (HIGH - LOW) + LOW, 0, 1) with s = sigmoid((log u - log(1 - u) + log_alpha) / temperature).
+    """clip(s (GATE_HIGH - GATE_LOW) + GATE_LOW, 0, 1) with s = sigmoid((log u - log(1 - u) + log_alpha) / temperature).
 
     Args:
         log_alpha: of any shape.
@@ -178,15 +174,15 @@ def hard_concrete(log_alpha: Tensor, noise: Tensor | None, temperature: float) -
         s = log_alpha.sigmoid()
     else:
         s = ((noise.clamp(1e-6, 1 - 1e-6).logit() + log_alpha) / temperature).sigmoid()
-    return (s * (HIGH - LOW) + LOW).clamp(0, 1)
+    return (s * (GATE_HIGH - GATE_LOW) + GATE_LOW).clamp(0, 1)
 
 
 def open_probability(log_alpha: Tensor, temperature: float) -> Tensor:
-    """P(gate > 0) = sigmoid(log_alpha - temperature log(-LOW / HIGH)).
+    """P(gate > 0) = sigmoid(log_alpha - temperature log(-GATE_LOW / GATE_HIGH)).
 
     Source: Louizos et al. 2018, equation 12.
     """
-    return (log_alpha - temperature * math.log(-LOW / HIGH)).sigmoid()
+    return (log_alpha - temperature * math.log(-GATE_LOW / GATE_HIGH)).sigmoid()
 
 
 def log_dropout(latent: Tensor, log_variance: Tensor) -> Tensor:
@@ -205,11 +201,11 @@ def dropout_divergence(log_alpha: Tensor) -> Tensor:
     return 0.63576 * (1 - (1.87320 + 1.48695 * log_alpha).sigmoid()) + F.softplus(-log_alpha) / 2
 
 
-def filled(value: float) -> Callable[[Tensor], Tensor]:
+def filled_with(value: float) -> Callable[[Tensor], Tensor]:
     """First values: `value` at every position."""
     return lambda latent: torch.full_like(latent, value)
 
 
-def single(value: float) -> Callable[[Tensor], Tensor]:
+def one_number(value: float) -> Callable[[Tensor], Tensor]:
     """First values: one number, (1,)."""
     return lambda latent: latent.new_full((1,), value)

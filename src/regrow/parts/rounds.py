@@ -1,8 +1,8 @@
 """First topologies from gradients that are asked for several times, before training.
 
 A start in rounds lowers the density step by step: in round k of n the weights share the entries of density^(k / n).
-What a round ranks is a `Sensitivity` of the network that the round before has left, and what it chooses among are
-`Candidates`: what is left of that network, or every position.
+A round ranks positions by a `Sensitivity` of the network that the round before has left. It chooses among `Candidates`:
+what is left of that network, or every position.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def connection_sensitivity(probe: Probe, values: Sequence[Tensor], topologies: S
 def gradient_flow(probe: Probe, values: Sequence[Tensor], topologies: Sequence[Topology]) -> list[Tensor]:
     """w (H g), with g and H the gradient and the Hessian of the loss of the dense network.
 
-    To first order |g|^2 loses twice as much where the entry is removed.
+    Removing the entry lowers |g|^2 by twice as much, to first order.
 
     Source: Wang et al. 2020, Picking Winning Tickets Before Training by Preserving Gradient Flow, equation 8, whose
     score is the negative: what is removed there is the largest.
@@ -135,8 +135,9 @@ def _report_empty(name: str, weights: Weights, topologies: Sequence[Topology]) -
 def outputs_in_rounds(name: str, density: float | None, rounds: int, prune_last: bool) -> Start:
     """Whole outputs, neurons or filters, of highest |sum of w g over their entries|, round by round.
 
-    Outputs of all weights are ranked together. In every round so many stay that their entries come nearest to those of
-    density^(k / rounds), of two numbers equally near the smaller, and each weight keeps its best one at least.
+    Outputs of all weights are ranked together. The number of outputs that stay in round k is the one whose entries come
+    nearest to those of density^(k / rounds); of two equally near numbers it is the smaller. Each weight keeps at least
+    its best output.
 
     Args:
         name: what errors call the method.

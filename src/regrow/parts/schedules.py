@@ -24,6 +24,10 @@ class Schedule:
         return self.value(step)
 
 
+Anneal = Callable[[float, int, int], Schedule]
+"""How a number moves over training: (first value, until, begin) -> schedule."""
+
+
 def constant(value: float, until: int | None = None, begin: int = 0) -> Schedule:
     """`value` at every step; `until` and `begin` only mark the span, as for the other schedules."""
     _span(until if until is not None else begin + 1, begin)
@@ -49,7 +53,7 @@ def cosine(value: float, until: int, begin: int = 0) -> Schedule:
     return Schedule(lambda step: value / 2 * (1 + math.cos(math.pi * _progress(step, begin, span))), until)
 
 
-def cosine_to(last: float) -> Callable[[float, int, int], Schedule]:
+def cosine_to(last: float) -> Anneal:
     """A cosine that ends at `last`: (value, until, begin) -> last + (value - last) / 2 (1 + cos(pi p)).
 
     A value that lies below `last` stays as it is, so that a schedule never rises.
@@ -77,6 +81,10 @@ def cosine_to(last: float) -> Callable[[float, int, int], Schedule]:
         return Schedule(lambda step: floor + above(step), until)
 
     return make
+
+
+cosine_to_half_percent: Anneal = cosine_to(0.005)
+"""A cosine that ends at 0.005, as in the codes of SNFS, ITOP and GraNet."""
 
 
 def inverse_power(value: float, until: int, begin: int = 0, power: float = 3) -> Schedule:

@@ -118,8 +118,8 @@ def prune_global(density: float) -> Start:
     Args:
         density: active share of the sparsified entries, in (0, 1].
 
-    Source: as `prune_uniform`. Exactly so many stay, where the code's threshold keeps ties, and all of a model whose
-    threshold is zero.
+    Source: as `prune_uniform`. The count is exact. The code's threshold keeps ties, and keeps a whole model when it is
+    zero.
     """
     return _pruned("prune_global", density, globally)
 
@@ -127,39 +127,39 @@ def prune_global(density: float) -> Start:
 def prune_structured(density: float, last: Structure = unstructured) -> Start:
     """Whole outputs of a trained model: neurons or filters of largest mean magnitude, as many in every weight.
 
-    Counts are those nearest to the density that whole outputs have. The last weight keeps every output, since one
-    without inputs would be a class that is never predicted; it loses its smallest magnitudes.
+    Counts are the nearest to the density that whole outputs allow. The last weight keeps every output, since an output
+    without inputs would be a class that is never predicted; it loses its smallest magnitudes instead.
 
     Args:
         density: active share of the sparsified entries, in (0, 1].
         last: the structure of the last weight in module order; `rows` takes whole outputs there too.
 
     Source: Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3; Liu et al. 2021, Neuroregeneration,
-    section 3. Inputs that an output fed are left to training, which moves them no more.
+    section 3. Entries that read a removed output stay active.
     """
     return _pruned("prune_structured", density, uniform, rows, last)
 
 
 def prune_and_grow_uniform(density: float, fraction: float = 0.5) -> Start:
-    """`prune_uniform`, of which a fraction is given up at once for the largest gradients.
+    """Prune as `prune_uniform` does, then give up a fraction at once for the positions of largest gradient.
 
-    In each weight the floor(fraction nnz) smallest of the magnitudes that were kept go, and as many positions outside
-    the rest become active where |g| of the whole trained model is largest, what was just given up included. These
-    begin at zero, with the optimizer's state at zero too.
+    Each weight gives up the floor(fraction nnz) smallest of the magnitudes that it kept. As many positions become
+    active where |g| of the whole trained model is largest; an entry that was just given up may be among them. New
+    entries begin at zero, with the optimizer's state at zero too.
 
     Args:
         density: active share of the sparsified entries, in (0, 1].
         fraction: the share that is given up, in [0, 1].
 
-    Source: Liu et al. 2021, Neuroregeneration, section 3. Here the gradient is asked for by the start itself: the
-    code expects it from a caller that never gives it. It is that of the model before pruning, and the total is what
-    `density` says, where the code grows all that it pruned.
+    Source: Liu et al. 2021, Neuroregeneration, section 3. Here the start itself asks for the gradient; the code
+    expects it from a caller that never gives it. The gradient is that of the model before pruning, and the total is
+    what `density` says, where the code grows all that it pruned.
     """
     return _pruned_and_grown("prune_and_grow_uniform", density, fraction, uniform)
 
 
 def prune_and_grow_global(density: float, fraction: float = 0.5) -> Start:
-    """`prune_global`, of which a fraction is given up at once for the largest gradients, in every weight by itself.
+    """Prune as `prune_global` does, then give up a fraction of each weight at once for its largest gradients.
 
     Args:
         density: active share of the sparsified entries, in (0, 1].
@@ -171,7 +171,7 @@ def prune_and_grow_global(density: float, fraction: float = 0.5) -> Start:
 
 
 def prune_and_grow_structured(density: float, fraction: float = 0.5, last: Structure = unstructured) -> Start:
-    """`prune_structured`, of which a fraction of the outputs is given up for those of largest mean |g|.
+    """Prune as `prune_structured` does, then give up a fraction of the outputs for those of largest mean |g|.
 
     Args:
         density: active share of the sparsified entries, in (0, 1].

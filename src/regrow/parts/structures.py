@@ -29,8 +29,8 @@ def unstructured(weight: SparseWeight, score: Tensor, count: int) -> Topology:
 def rows(weight: SparseWeight, score: Tensor, count: int) -> Topology:
     """Whole output neurons or filters of highest mean score; a `Structure`.
 
-    An output has all its allowed entries or none. So many outputs stay that their entries are nearest to `count`: of
-    two numbers equally near the smaller, and never less than one output, so that no weight is emptied.
+    An output has all its allowed entries or none. The number of outputs that stay is the one whose entries are nearest
+    to `count`; of two equally near numbers it is the smaller. At least one output stays, so that no weight is emptied.
 
     Source: Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.1 (there the sum, which ranks alike).
     """
@@ -41,8 +41,8 @@ def rows(weight: SparseWeight, score: Tensor, count: int) -> Topology:
 def blocks(height: int, width: int) -> Structure:
     """Blocks of `height` consecutive outputs and `width` consecutive inputs, of highest mean score.
 
-    Those of each position of a convolution's kernel stand for themselves; blocks at the edge are smaller where the
-    sizes do not divide. So many stay that their entries are nearest to the count, by the rule of `rows`.
+    Each position of a convolution's kernel has blocks of its own. Blocks at the edge are smaller where the sizes do not
+    divide. The number of blocks that stay is the one whose entries are nearest to the count, by the rule of `rows`.
 
     Args:
         height: outputs of a block, 1 or more.
@@ -65,8 +65,8 @@ def blocks(height: int, width: int) -> Structure:
 def n_of_m(n: int, m: int) -> Structure:
     """The `n` highest scores of each `m` consecutive inputs, at every output and position of a kernel.
 
-    Where `m` does not divide the inputs, the last group, of r inputs, keeps floor(n r / m) of them, or one more where
-    the count asks for it: the outputs and positions with the best next score do.
+    Where `m` does not divide the inputs, the last group has r inputs and keeps floor(n r / m) of them. If the count
+    asks for more, the outputs and positions with the best next score keep one more.
 
     Args:
         n: how many stay, in [1, m].
@@ -176,9 +176,9 @@ def best_of_each(score: Tensor, counts: Tensor) -> Tensor:
 
 
 def evenly(score: Tensor, count: int) -> Tensor:
-    """The best `count` entries when rows have as many, or one more, bool (rows, n).
+    """The best `count` entries when all rows have equally many, or some one more, bool (rows, n).
 
-    Those with one more are the rows with the best next score, of equal ones the first.
+    The rows with the best next score have one more; of equal ones the first.
 
     Args:
         score: (rows, n), without NaN.

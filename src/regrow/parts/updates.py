@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def prune(density: Schedule, score: Score, allocate: Allocation, structure: Stru
     """
 
     def apply(weights: Weights, step: int) -> None:
-        prune_to(weights, min(weights.total(density(step)), weights.nnz), score, allocate, structure)
+        prune_to(weights, weights.total(density(step)), score, allocate, structure)
 
     def require(weights: Weights) -> None:
         weights.require(density(density.until or 0))
@@ -74,8 +74,9 @@ def drop_and_grow(
         grow: where new entries appear.
         redistribute: each weight's share of all that was dropped, limited by the room it has; None gives every
             weight back what it lost.
-        regrow_dropped: an entry that is dropped and grown at once may "keep" value and optimizer state (as in the
-            code of RigL), have them "reset" to zero, or be "forbid"den; then no more is dropped than can be grown.
+        regrow_dropped: what happens to an entry that is dropped and would grow again at once. "keep" leaves its value
+            and optimizer state as they are (as in the code of RigL), "reset" sets them to zero, and "forbid" grows
+            others in its place; then no more is dropped than can be grown.
 
     A weight that the last backward did not reach is left as it is, with a line in the log `regrow`.
 
@@ -95,7 +96,7 @@ def drop_and_grow(
         if regrow_dropped == "forbid":
             kept = [_within(w, k, n) for w, k, n in zip(live, kept, free, strict=True)]
         taken = [w.topology if regrow_dropped == "forbid" else k for w, k in zip(live, kept, strict=True)]
-        counts = _grown(live, kept, taken, redistribute)
+        counts = grown_counts(live, kept, taken, redistribute)
         grown = [k.add(grow(w, t, n)) if n else k for w, k, t, n in zip(live, kept, taken, counts, strict=True)]
         if regrow_dropped == "reset":
             rewire(live, kept)
@@ -113,9 +114,20 @@ def reached(weights: Weights, step: int) -> list[SparseWeight]:
     return live
 
 
-def _grown(
+def grown_counts(
     live: Sequence[SparseWeight], kept: Sequence[Topology], taken: Sequence[Topology], redistribute: Statistic | None
 ) -> list[int]:
+    """How many entries each weight grows: in all as many as were dropped, shared out by a statistic or as they were.
+
+    Args:
+        live: the weights as they are before the update.
+        kept: what each keeps.
+        taken: where each cannot grow.
+        redistribute: each weight's share; None gives every weight back what it lost.
+
+    Raises:
+        ValueError: when a share is negative or not finite, naming the weight.
+    """
     dropped = [w.topology.nnz - k.nnz for w, k in zip(live, kept, strict=True)]
     if redistribute is None:
         return dropped
@@ -131,7 +143,7 @@ def _room(taken: Topology) -> int:
 
 
 def _within(weight: SparseWeight, kept: Topology, room: int) -> Topology:
-    """`kept` with as many of the dropped back as cannot be grown elsewhere, lowest positions first."""
+    """`kept`, and the dropped entries that no free position can replace: the ones at the lowest positions come back."""
     dropped = weight.topology.without(kept)
     return kept.add(dropped[: max(0, dropped.numel() - room)])
 
@@ -145,6 +157,20 @@ def rewire(weights: Sequence[SparseWeight], topologies: Sequence[Topology]) -> N
 def chain(*updates: Update) -> Update:
     """All of `updates`, applied in this order at the steps where each is due."""
     return tuple(rule for update in updates for rule in update)
+
+
+def checked(update: Update, require: Callable[[Weights], object]) -> Update:
+    """`update`, refused at once where `require` raises: when these weights can never satisfy it.
+
+    What the update requires by itself is checked first.
+    """
+    first, *others = update
+
+    def both(weights: Weights) -> None:
+        first.require(weights)
+        require(weights)
+
+    return (first._replace(require=both), *others)
 
 
 def every(interval: int, update: Update, *, until: int, begin: int | None = None) -> Update:

@@ -1,4 +1,4 @@
-"""Methods whose topologies have a pattern that hardware can use: as many connections at every output."""
+"""SRigL: dynamic sparse training in which every output has as many connections, a pattern that hardware can use."""
 
 from __future__ import annotations
 
@@ -12,21 +12,42 @@ from torch import Tensor
 
 from regrow.core import selection
 from regrow.core.checks import require_density, require_fraction, require_timing
-from regrow.core.method import Allocation, Method, Need, Rule, Timing, Update
-from regrow.core.topology import Topology
-from regrow.core.weight import SparseWeight, Weights
-from regrow.methods.dynamic import Anneal
-from regrow.parts import growth, starts
-from regrow.parts.allocation import erk
-from regrow.parts.drops import keep_highest, share
-from regrow.parts.schedules import Schedule, cosine
-from regrow.parts.scores import magnitude
-from regrow.parts.structures import best_of_each, by_output, constant_fan_in, fan_ins, outputs_of
-from regrow.parts.updates import every, reached, rewire
+from regrow.methods.recipe import recipe
+from regrow.parts import (
+    Allocation,
+    Anneal,
+    Method,
+    Need,
+    Rule,
+    Schedule,
+    SparseWeight,
+    Timing,
+    Topology,
+    Update,
+    Weights,
+    best_of_each,
+    by_gradient,
+    by_output,
+    constant_fan_in,
+    cosine,
+    erk,
+    every,
+    fan_ins,
+    gradient,
+    keep_highest,
+    magnitude,
+    outputs_of,
+    random_topology,
+    reached,
+    require_finite,
+    rewire,
+    share,
+)
 
 _log = logging.getLogger("regrow")
 
 
+@recipe
 def srigl(
     density: float | None,
     *,
@@ -48,26 +69,20 @@ def srigl(
     neurons that stay the largest magnitudes are kept, and each neuron is filled up where its gradient is largest.
 
     Args:
-        density: active share of the sparsified entries, in (0, 1]; None leaves it to an explicit allocation.
-        until: optimizer step from which the topology is fixed; the paper takes three quarters of the run.
-        begin: optimizer step of the first update; None means `interval`.
-        interval: optimizer steps between two updates.
-        fraction: share of active entries dropped at first, in [0, 1].
         ablation: the share of its fan-in that a neuron needs in salient entries to stay, in [0, 1] (the paper's
             gamma); 0 ablates none.
         ablate_last: whether the neurons of the last weight, most often the classes, may go too.
-        anneal: how the dropped share moves: `cosine`, `constant`, `linear`, `inverse_power`.
-        allocate: how the active entries are shared among the weights at the start.
-        timing: the update comes "instead" of an optimizer step, as in the code, or "after" one.
 
     Raises:
         ValueError: from `regrow.sparsify`, where a weight gets fewer entries than it has neurons.
 
-    Source: Lasby et al. 2024, Dynamic Sparse Training with Structured Sparsity, section 3.1. Salience is judged anew
-    at every update, as there, so that a neuron may come back. Counts are exact, where the code rounds them to equal
-    fan-ins; k is the present fan-in and not rounded. Growth may choose what was just dropped, as in RigL, and a neuron
-    that keeps more than its share loses its smallest magnitudes, where the code takes any. So many neurons
-    stay that they hold the weight's entries. The last weight is left out as in the code.
+    Source: Lasby et al. 2024, Dynamic Sparse Training with Structured Sparsity, section 3.1. Salience is judged anew at
+    every update, as there, so that a neuron may come back. Counts are exact, where the code rounds them to equal
+    fan-ins. k is the present fan-in and ablation x k is not rounded, where the code rounds down, to 1 at least;
+    growth's salient entries lie outside of what is kept, where the code takes the largest gradients anywhere. So more
+    neurons go here at small fan-ins. Growth may choose what was just dropped, as in RigL. A neuron that keeps more than
+    its share loses its smallest magnitudes, where the code takes any. At least as many neurons stay as it takes to hold
+    the weight's entries. The last weight is left out as in the code.
 
     Examples:
         >>> method = srigl(0.1, until=350)
@@ -82,7 +97,7 @@ def srigl(
     update = _drop_and_grow(anneal(fraction, until, begin or 0), ablation, ablate_last)
     return Method(
         "srigl",
-        starts.random_topology(density, allocate, constant_fan_in),
+        random_topology(density, allocate, constant_fan_in),
         every(interval, update, begin=begin, until=until),
         timing=timing,
         needs=Need.GRADIENT,
@@ -118,7 +133,7 @@ def _staying(weight: SparseWeight, kept: Topology, ablation: float) -> Tensor:
     outputs = old.shape[weight.out_axis]
     if ablation == 0:
         return torch.ones(outputs, dtype=torch.bool)
-    grown = growth.highest(growth.gradient)(weight, kept, old.nnz - kept.nnz)
+    grown = by_gradient(weight, kept, old.nnz - kept.nnz)
     salient = fan_ins(kept.add(grown.to(kept.device)), weight.out_axis).cpu()
     there = int((fan_ins(old, weight.out_axis) > 0).sum())
     stays = salient >= ablation * old.nnz / there - 1e-9
@@ -197,14 +212,9 @@ def _gradients(weight: SparseWeight, kept: Topology) -> Iterator[tuple[int, Tens
     size = math.prod(weight.shape) // weight.shape[weight.out_axis]
     held: list[Tensor] = []
     low = 0
-    for _, block in growth.gradient(weight):
+    for _, block in gradient(weight):
         score = block.abs() if block.dtype == torch.float64 else block.abs().float()
-        if not selection.is_finite(score):
-            bad = int((~score.isfinite()).sum())
-            raise ValueError(
-                f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the learning rate, "
-                "or skip such steps with a gradient scaler"
-            )
+        require_finite(weight, score)
         held.append(score)
         high = low + sum(s.numel() for s in held)
         if high == math.prod(weight.shape) or (weight.out_axis == 0 and high % size == 0):

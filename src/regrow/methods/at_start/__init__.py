@@ -1,0 +1,1 @@
+"""Methods that choose the topology before training; it never changes afterwards."""

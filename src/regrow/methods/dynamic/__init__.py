@@ -1,0 +1,1 @@
+"""Dynamic sparse training: the number of connections stays, their places move."""

@@ -1,0 +1,1 @@
+"""Methods whose density follows a plan."""
