@@ -1,1 +1,1 @@
-"""The roof: joins what a method is with how it is computed; knows no particular method."""
+"""Floor 5, the roof: the call, the sparsifier and the training step; joins both wings, knows no particular method."""

@@ -1,4 +1,4 @@
-"""Products with sparse weights: torch operators over compiled kernels, or over plain torch where these are missing."""
+"""Floor 2, how: products with sparse weights as torch operators; native code behind them, a reference beside it."""
 
 from regrow.kernels.activations import Keeper as Keeper
 from regrow.kernels.geometry import Geometry as Geometry

@@ -1,4 +1,4 @@
-"""What sparse training costs and does: FLOPs, sizes, densities, exploration, distance."""
+"""Floor 6: what sparse training costs and does: FLOPs, sizes, densities, exploration, distance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that hold only the active entries of their weights, and what is known of each module type."""
+"""Floor 3, how: modules that hold only the active entries of their weights; `kinds` has a row for each module type."""
 
 from regrow.nn.attention import SparseMultiheadAttention as SparseMultiheadAttention
 from regrow.nn.attention import leave_fast_path as leave_fast_path

@@ -1,1 +1,1 @@
-"""How the active entries of a weight are kept: one module for each storage, behind `weight.SparseWeight`."""
+"""Floor 4, how: how the values of a weight are held, masked, compressed or latent, and what a backward leaves."""

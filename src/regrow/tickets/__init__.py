@@ -1,4 +1,4 @@
-"""Procedures around training: lottery tickets with rewinding, and Sup-tickets, beside any loop."""
+"""Floor 6: procedures around training: lottery tickets with rewinding, and Sup-tickets, beside any loop."""
 
 from regrow.tickets.batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from regrow.tickets.cycles import Plan as Plan
