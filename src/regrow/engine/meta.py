@@ -11,7 +11,7 @@ from torch import nn
 from regrow.core.draws import Stream
 from regrow.kernels import Index
 from regrow.nn import SparseModule
-from regrow.storage.compressed import exchange
+from regrow.storage.pending import exchange
 
 
 def on_meta_device(model: nn.Module) -> bool:

@@ -12,10 +12,10 @@ from regrow.core.method import Method, Need
 from regrow.core.names import matches
 from regrow.engine.discovery import Found
 from regrow.engine.probe import FirstStep, Source
-from regrow.storage.compressed import PendingParameter
 from regrow.storage.latent import latent_parameters
 from regrow.storage.masked import MaskedParameter
 from regrow.storage.memory import Memory
+from regrow.storage.pending import PendingParameter
 from regrow.storage.stored import Draft, Storage
 
 Choice = Storage | Literal["auto"] | Mapping[str, Storage]

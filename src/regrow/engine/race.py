@@ -16,8 +16,8 @@ from regrow.engine.placement import Place, dense_reasons
 from regrow.engine.probe import FirstStep, Source
 from regrow.engine.timing import Call, Race, Topologies, alike, calls, compressed, race
 from regrow.nn import sparse_class
-from regrow.storage.compressed import PendingParameter, is_refused
 from regrow.storage.masked import masked_twin
+from regrow.storage.pending import PendingParameter, is_refused
 from regrow.storage.stored import Draft
 
 _log = logging.getLogger("regrow")

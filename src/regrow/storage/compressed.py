@@ -3,25 +3,19 @@
 A weight costs 4 bytes per active entry (in float32) for each of value, gradient and optimizer state, and 12 for the
 topology as the kernels read it. The gradient at inactive positions is never formed as a whole: growth reads it in
 blocks of rows from the operands that the step of an update keeps.
-
-A parameter is pending until its first topology is known: it is then still what it was, dense or on the meta device.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from regrow.core.draws import Stream
 from regrow.core.topology import Topology
-from regrow.nn import SparseModule, sparse_class
-from regrow.nn.kinds import release, restore
-from regrow.storage.gradient import Gradient
+from regrow.core.weight import SparseWeight
+from regrow.nn import SparseModule
 from regrow.storage.memory import Memory
 from regrow.storage.operands import KeptOperands
 from regrow.storage.state import (
@@ -33,211 +27,35 @@ from regrow.storage.state import (
 )
 from regrow.storage.stored import Draft, Stored
 
-REFUSED = frozenset({"Muon", "Adafactor", "LBFGS"})
-"""Optimizers of torch.optim that read a weight's dense shape, or all parameters as one vector."""
-
 _BLOCK = 1 << 20
 """Entries of the gradient that are formed at once."""
-
-Holder = tuple[nn.Module, str]
-"""A module and the name under which it holds a parameter."""
-
-
-class PendingParameter(Draft):
-    """One parameter that is to be compressed; rewiring its weights only notes their topologies.
-
-    Args:
-        parameter: any float dtype; it keeps its identity.
-        optimizer: the optimizer that steps it.
-        names: canonical name of each equal block of leading rows; a single name for an ordinary weight.
-        out_axis: which axis counts the outputs.
-        in_axis: which axis counts the inputs.
-        holders: every module that holds the parameter.
-        memory: is asked before operands are kept for an update.
-
-    Raises:
-        ValueError: for a module without sparse form or an optimizer that cannot work on active values alone.
-    """
-
-    storage = "compressed"
-
-    def __init__(
-        self,
-        parameter: nn.Parameter,
-        optimizer: Optimizer,
-        names: Sequence[str],
-        out_axis: int,
-        in_axis: int,
-        holders: Sequence[Holder],
-        memory: Memory,
-    ) -> None:
-        _require_sparse_form(names[0], optimizer, holders)
-        self.parameter = parameter
-        self.optimizer = optimizer
-        self.gradient = Gradient(parameter, names[0])
-        self.holders = list(holders)
-        self.memory = memory
-        rows = parameter.shape[0] // len(names)
-        self._weights = [
-            PendingWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis)
-            for i, name in enumerate(names)
-        ]
-
-    @property
-    def weights(self) -> Sequence[PendingWeight]:
-        """The weights that it holds."""
-        return self._weights
-
-    @property
-    def whole(self) -> Topology:
-        """The topology of all blocks."""
-        return Topology.stack([w.topology for w in self._weights])
-
-    def require_free(self) -> None:
-        """Raise ValueError when the parameter cannot change its memory, since something still refers to it."""
-        self._let_go()
-        weak = len(weakref.getweakrefs(self.parameter))
-        strong = self.parameter._use_count() - 1  # type: ignore[attr-defined]
-        for module, _ in self.holders:
-            restore(module)
-        if weak or strong:
-            raise ValueError(
-                f"{self.gradient.name} cannot become compressed while something else refers to it ({strong} graphs "
-                f"or tensors, {weak} weak references): call regrow.sparsify before the first forward pass and before "
-                "DistributedDataParallel, or delete that pass's outputs"
-            )
-
-    def _let_go(self) -> None:
-        """Let modules drop the references that they keep of the parameter, which forbid an exchange."""
-        for module, _ in self.holders:
-            release(module)
-
-    def become(self, room: int, seed: int) -> CompressedParameter:
-        """Give the parameter memory for its active values only, and its modules their sparse form.
-
-        Args:
-            room: the most entries that the parameter will ever hold; at least as many as it holds are made room for.
-            seed: of the values, where the parameter lies on the meta device.
-        """
-        topology = self.whole
-        capacity = max(room, topology.nnz)
-        held = weight_shaped_state(self.optimizer, self.parameter)
-        forget_other_state(self.optimizer, self.parameter)
-        state = {key: _gathered(tensor, topology, capacity) for key, tensor in held.items()}
-        dense, grad = self.parameter.detach(), self.parameter.grad
-        values = self._drawn(topology, capacity, seed) if dense.is_meta else _gathered(dense, topology, capacity)
-        self._let_go()
-        exchange(self.parameter, nn.Parameter(values, self.parameter.requires_grad))
-        self.optimizer.state.get(self.parameter, {}).update(state)
-        if grad is not None and not grad.is_meta:
-            self.parameter.grad = _gathered(grad, topology, capacity)
-        for module, name in self.holders:
-            _sparse(module).hold(name, self.parameter, topology)
-        return CompressedParameter(self, dense.shape)
-
-    def _drawn(self, topology: Topology, capacity: int, seed: int) -> Tensor:
-        """Values as the module draws them, (capacity,), for a parameter that has none."""
-        module, name = self.holders[0]
-        drawn = _sparse(module).initial(name)(Stream(seed, self.gradient.name, -1), topology.nnz)
-        values = drawn.new_zeros(capacity)
-        values[: topology.nnz] = drawn
-        return values.to(self.parameter.dtype)
-
-
-class PendingWeight:
-    """A `SparseWeight` over a block of rows of a parameter that is to be compressed."""
-
-    def __init__(self, owner: PendingParameter, name: str, rows: slice, out_axis: int, in_axis: int) -> None:
-        self.owner = owner
-        self.name = name
-        self.rows = rows
-        self.out_axis = out_axis
-        self.in_axis = in_axis
-        self.shape = (rows.stop - rows.start, *owner.parameter.shape[1:])
-        self.topology = Topology(self.shape)
-        self.generator = Stream(0, name, 0)
-        self.state: dict[str, Tensor] = {}
-
-    @property
-    def has_grad(self) -> bool:
-        """Whether there is a gradient."""
-        return self.owner.gradient.reached
-
-    def _block(self, tensor: Tensor) -> Tensor:
-        """This weight's rows of a tensor of the parameter's shape, (numel,): a view where memory allows."""
-        return tensor.detach()[self.rows].reshape(-1)
-
-    def _active(self, tensor: Tensor) -> Tensor:
-        block = self._block(tensor)
-        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
-
-    def _write(self, tensor: Tensor, positions: Tensor, values: Tensor | float) -> None:
-        """Write `values` (n,) to flat `positions` (n,) of this weight's rows of a tensor of the parameter's shape."""
-        block = self._block(tensor).clone()
-        block[positions.to(block.device)] = values.to(block) if isinstance(values, Tensor) else values
-        tensor.detach()[self.rows] = block.view(self.shape)
-
-    def values(self) -> Tensor:
-        """Active values, (nnz,)."""
-        return self._active(self.owner.parameter).clone()
-
-    def set_values(self, values: Tensor) -> None:
-        """Replace the active values by `values` (nnz,)."""
-        self._write(self.owner.parameter, self.topology.indices, values)
-
-    def grads(self) -> Tensor:
-        """Gradients at the active entries, (nnz,)."""
-        return self._active(self.owner.gradient.read())
-
-    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The gradient at every position, in one block."""
-        yield 0, self._block(self.owner.gradient.read())
-
-    def grads_at(self, positions: Tensor) -> Tensor:
-        """The gradient at ascending flat `positions` (n,), (n,)."""
-        block = self._block(self.owner.gradient.read())
-        return block[positions.to(block.device)]
-
-    def rewire(self, topology: Topology) -> None:
-        """Note the topology; what comes back starts at zero, although its value is still there."""
-        owner = self.owner
-        # Nothing comes back to what is whole, and to look for it would cost as much as the dense weight.
-        newcomers = None if self.topology.is_dense else topology.without(self.topology)
-        if newcomers is not None and newcomers.numel() and not owner.parameter.is_meta:
-            state = weight_shaped_state(owner.optimizer, owner.parameter)
-            moments = {
-                key: starting_moment(owner.optimizer, owner.parameter, self._active(s), None, newcomers.numel())
-                for key, s in state.items()
-                if key in SECOND_MOMENTS
-            }
-            self._write(owner.parameter, newcomers, 0.0)
-            for key, tensor in state.items():
-                self._write(tensor, newcomers, moments.get(key, 0.0))
-        self.topology = topology
-
-    def restore(self, topology: Topology) -> None:
-        """Note a saved topology."""
-        self.topology = topology
 
 
 class CompressedParameter(Stored):
     """One parameter of which only active values exist, its modules, its optimizer and what growth may read.
 
     Args:
-        pending: what it was before; its modules hold the parameter in their sparse form already.
+        draft: what it was before.
+        holders: every module that holds the parameter, in its sparse form already, with the parameter's name.
         shape: the dense shape.
+        memory: is asked before operands are kept for an update.
     """
 
     storage = "compressed"
 
-    def __init__(self, pending: PendingParameter, shape: Sequence[int]) -> None:
-        self.parameter = pending.parameter
-        self.optimizer = pending.optimizer
-        self.gradient = pending.gradient
+    def __init__(
+        self, draft: Draft, holders: Sequence[tuple[SparseModule, str]], shape: Sequence[int], memory: Memory
+    ) -> None:
+        self.parameter = draft.parameter
+        self.optimizer = draft.optimizer
+        self.gradient = draft.gradient
         self.shape = tuple(shape)
-        self.holders = [(_sparse(module), name) for module, name in pending.holders]
-        self.operands = KeptOperands(self.gradient, pending.memory)
-        self._weights = [CompressedWeight(self, weight) for weight in pending.weights]
+        self.holders = list(holders)
+        self.operands = KeptOperands(self.gradient, memory)
+        rows = self.shape[0] // len(draft.weights)
+        self._weights = [
+            CompressedWeight(self, weight, (i * rows, (i + 1) * rows)) for i, weight in enumerate(draft.weights)
+        ]
         self.gradient.watch(self._arrived)
 
     @property
@@ -384,15 +202,15 @@ class CompressedParameter(Stored):
 class CompressedWeight:
     """A `SparseWeight` over a block of rows of a compressed parameter."""
 
-    def __init__(self, owner: CompressedParameter, pending: PendingWeight) -> None:
+    def __init__(self, owner: CompressedParameter, draft: SparseWeight, rows: tuple[int, int]) -> None:
         self.owner = owner
-        self.name = pending.name
-        self.rows = pending.rows.start, pending.rows.stop
-        self.out_axis = pending.out_axis
-        self.in_axis = pending.in_axis
-        self.shape = pending.shape
-        self.generator = pending.generator
-        self.state = pending.state
+        self.rows = rows
+        self.name = draft.name
+        self.out_axis = draft.out_axis
+        self.in_axis = draft.in_axis
+        self.shape = draft.shape
+        self.generator = draft.generator
+        self.state = draft.state
 
     @property
     def topology(self) -> Topology:
@@ -446,55 +264,3 @@ class CompressedWeight:
     def _whole_with(self, topology: Topology) -> Topology:
         """The topology of the whole parameter, with this block's replaced."""
         return Topology.stack([topology if w is self else w.topology for w in self.owner.weights])
-
-
-def _sparse(module: nn.Module) -> SparseModule:
-    """The module in its sparse form, which it takes on if it has not yet."""
-    if not isinstance(module, SparseModule):
-        cls = sparse_class(module)
-        assert cls is not None
-        cls.adopt(module, {})
-    assert isinstance(module, SparseModule)
-    return module
-
-
-def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Holder]) -> None:
-    for module, _ in holders:
-        if not isinstance(module, SparseModule) and sparse_class(module) is None:
-            raise ValueError(
-                f"{name} belongs to a {type(module).__name__}, of which there is no sparse form: name it in skip=, or "
-                'use storage="masked" or storage="auto"'
-            )
-    if is_refused(optimizer):
-        raise ValueError(
-            f"{type(optimizer).__name__} cannot step {name} compressed, since it is no element-wise optimizer: use "
-            'SGD, Adam or another element-wise one for it, or storage="masked"'
-        )
-    if any(torch.is_tensor(s) and s.is_meta for state in optimizer.state.values() for s in state.values()):
-        raise ValueError(
-            f"{type(optimizer).__name__} began with state on the meta device, whose values are lost: build the model "
-            "on a real device, or use an optimizer that makes its state in its first step"
-        )
-
-
-def is_refused(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, or one that it derives from, cannot work on active values alone."""
-    return any(base.__name__ in REFUSED for base in type(optimizer).__mro__)
-
-
-def exchange(one: Tensor, other: Tensor) -> None:
-    """Exchange memory and shape of two tensors; `one` keeps its identity, its attributes and its hooks."""
-    attributes = dict(vars(one))
-    torch.utils.swap_tensors(one, other)  # type: ignore[no-untyped-call]
-    vars(one).update(attributes)
-    # Half of a hook lies in what was exchanged; naming it anew puts it there again.
-    one._backward_hooks = one._backward_hooks
-    one._post_accumulate_grad_hooks = one._post_accumulate_grad_hooks
-
-
-def _gathered(dense: Tensor, topology: Topology, capacity: int) -> Tensor:
-    """The active entries of a dense tensor and zeros, (capacity,)."""
-    values = dense.new_zeros(capacity)
-    flat = dense.detach().reshape(-1)
-    values[: topology.nnz] = flat if topology.is_dense else flat[topology.indices.to(flat.device)]
-    return values

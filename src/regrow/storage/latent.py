@@ -8,17 +8,17 @@ gradient during a step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.core.draws import Stream
 from regrow.core.method import Latent, Parts
 from regrow.core.topology import Topology
 from regrow.storage.gradient import Gradient
 from regrow.storage.masked import masked_twin, zero_outside
+from regrow.storage.rows import DenseRows, blocks_of
 from regrow.storage.state import add_beside, gradient_scale, has_scheduler, take_out
 from regrow.storage.stored import Stored
 
@@ -63,10 +63,7 @@ class LatentParameter(Stored):
         """The parameter's own gradient, while that of the latent values is in its place."""
         self._version = parameter._version
         """Of the parameter, when it was computed last."""
-        rows = parameter.shape[0] // len(names)
-        self._weights = [
-            LatentWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
-        ]
+        self._weights = [LatentWeight(self, *block, out_axis, in_axis) for block in blocks_of(parameter, names)]
         self.gradient.watch(self._arrived)
 
     @property
@@ -106,7 +103,7 @@ class LatentParameter(Stored):
     def write(self, drawn: bool) -> None:
         """Compute the weight from the latent values, with the noise of this step if `drawn`."""
         for weight in self.weights:
-            weight.write(drawn)
+            weight.compute(drawn)
         self.drawn = drawn
 
     def wrote(self) -> None:
@@ -182,18 +179,13 @@ class LatentParameter(Stored):
         self.write(self.drawn)
 
 
-class LatentWeight:
+class LatentWeight(DenseRows):
     """A `SparseWeight` over a block of rows of a parameter that is computed from latent values."""
 
+    owner: LatentParameter
+
     def __init__(self, owner: LatentParameter, name: str, rows: slice, out_axis: int, in_axis: int) -> None:
-        self.owner = owner
-        self.name = name
-        self.rows = rows
-        self.out_axis = out_axis
-        self.in_axis = in_axis
-        self.shape = tuple(owner.parameter[rows].shape)
-        self.topology = Topology(self.shape)
-        self.generator = Stream(0, name, 0)
+        super().__init__(owner, name, rows, out_axis, in_axis)
         self.noise: Tensor | None = None
         """What was drawn for this step, (shape)."""
         block = owner.parameter.detach()[rows]
@@ -201,11 +193,6 @@ class LatentWeight:
         self.state: dict[str, Tensor] = {LATENT: block.clone(memory_format=torch.contiguous_format)}
         self.trained = {t.name: nn.Parameter(t.first(_wide(self.state[LATENT]))) for t in owner.latent.trained}
         self.state |= {name: tensor.detach() for name, tensor in self.trained.items()}
-
-    @property
-    def has_grad(self) -> bool:
-        """Whether the last backward reached this weight."""
-        return self.owner.gradient.reached
 
     def parts(self, noise: Tensor | None = None, trained: Mapping[str, Tensor] | None = None) -> Parts:
         """What the weight is computed from, `trained` tensors in the place of those held."""
@@ -220,7 +207,7 @@ class LatentWeight:
             zero_outside(value, self.mask)
         return value
 
-    def write(self, drawn: bool) -> None:
+    def compute(self, drawn: bool) -> None:
         """Put what is computed into the parameter."""
         self._follow()
         self.owner.parameter.detach()[self.rows] = self.computed(drawn)
@@ -265,8 +252,7 @@ class LatentWeight:
 
     def values(self) -> Tensor:
         """Active values of the weight that is evaluated, (nnz,)."""
-        block = self.computed(drawn=False).view(-1)
-        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
+        return self.active(self.computed(drawn=False).view(-1))
 
     def set_values(self, values: Tensor) -> None:
         """Refuse `values` (nnz,), which say nothing of what they would be computed from."""
@@ -274,23 +260,6 @@ class LatentWeight:
             f"{self.name} is computed from latent values and cannot be set: call sparsifier.harden() first, or change "
             "weights before regrow.sparsify"
         )
-
-    def grads(self) -> Tensor:
-        """Gradients of the loss at the active entries, (nnz,)."""
-        block = self._gradient()
-        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
-
-    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The gradient at every position that the method reads, in one block."""
-        yield 0, self._gradient()
-
-    def grads_at(self, positions: Tensor) -> Tensor:
-        """The gradient at ascending flat `positions` (n,), (n,)."""
-        block = self._gradient()
-        return block[positions.to(block.device)]
-
-    def _gradient(self) -> Tensor:
-        return self.owner.gradient.read().detach()[self.rows].reshape(-1)
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology; latent values and their optimizer state stay as they are everywhere."""

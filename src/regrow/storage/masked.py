@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.core.draws import Stream
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight
 from regrow.storage.gradient import Gradient
+from regrow.storage.rows import DenseRows, blocks_of
 from regrow.storage.state import (
     SECOND_MOMENTS,
     forget_other_state,
@@ -76,10 +76,7 @@ class MaskedParameter(Stored):
         self._mask: Tensor | None = None
         self._everywhere = True
         self._aside: _Aside | None = None
-        rows = parameter.shape[0] // len(names)
-        self._weights = [
-            MaskedWeight(self, name, slice(i * rows, (i + 1) * rows), out_axis, in_axis) for i, name in enumerate(names)
-        ]
+        self._weights = [MaskedWeight(self, *block, out_axis, in_axis) for block in blocks_of(parameter, names)]
         self.gradient.watch(self._arrived)
 
     @property
@@ -220,55 +217,14 @@ def masked_twin(
     return twin
 
 
-class MaskedWeight:
-    """A `SparseWeight` over a block of rows of a dense parameter."""
+class MaskedWeight(DenseRows):
+    """A `SparseWeight` over a block of rows of a masked parameter."""
 
-    def __init__(self, owner: MaskedParameter, name: str, rows: slice, out_axis: int, in_axis: int) -> None:
-        self.owner = owner
-        self.name = name
-        self.rows = rows
-        self.out_axis = out_axis
-        self.in_axis = in_axis
-        self.shape = tuple(owner.parameter[rows].shape)
-        self.topology = Topology(self.shape)
-        self.generator = Stream(0, name, 0)
-        self.state: dict[str, Tensor] = {}
+    owner: MaskedParameter
 
-    @property
-    def has_grad(self) -> bool:
-        """Whether the last backward reached this weight."""
-        return self.owner.gradient.reached
-
-    def _block(self, tensor: Tensor) -> Tensor:
-        """This weight's rows of a parameter-shaped tensor, (numel,): a view where memory allows."""
-        return tensor.detach()[self.rows].reshape(-1)
-
-    def _active(self, tensor: Tensor) -> Tensor:
-        block = self._block(tensor)
-        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
-
-    def values(self) -> Tensor:
-        """Active values, (nnz,)."""
-        return self._active(self.owner.parameter).clone()
-
-    def set_values(self, values: Tensor) -> None:
-        """Replace the active values by `values` (nnz,)."""
-        block = self._block(self.owner.parameter).clone()
-        block[self.topology.indices.to(block.device)] = values.to(block)
-        self.owner.parameter.detach()[self.rows] = block.view(self.shape)
-
-    def grads(self) -> Tensor:
-        """Gradients at the active entries, (nnz,)."""
-        return self._active(self.owner.gradient.read())
-
-    def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The gradient at every position, in one block."""
-        yield 0, self._block(self.owner.everywhere())
-
-    def grads_at(self, positions: Tensor) -> Tensor:
-        """The gradient at ascending flat `positions` (n,), (n,)."""
-        block = self._block(self.owner.everywhere())
-        return block[positions.to(block.device)]
+    def everywhere(self) -> Tensor:
+        """The gradient at every position, of the parameter's shape."""
+        return self.owner.everywhere()
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""
@@ -283,9 +239,7 @@ class MaskedWeight:
         for tensor in (self.owner.parameter.detach(), *state.values()):
             zero_outside(tensor[self.rows], survivors.to(tensor.device))
         for key, (positions, moment) in moments.items():
-            block = self._block(state[key]).clone()
-            block[positions.to(block.device)] = moment
-            state[key][self.rows] = block.view(self.shape)
+            self.write(state[key], positions, moment)
         self.owner.write_mask(self.rows, mask)
         self.topology = topology
 
@@ -297,8 +251,8 @@ class MaskedWeight:
     def _starting_moment(self, moment: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:
         """Newcomers' positions and the second moment they start with, both (n,)."""
         positions = topology.without(self.topology)
-        grown = self._block(self.owner.everywhere())[positions.to(moment.device)] if self.owner.looked else None
+        grown = self.grads_at(positions) if self.owner.looked else None
         owner = self.owner
         return positions, starting_moment(
-            owner.optimizer, owner.parameter, self._active(moment), grown, positions.numel()
+            owner.optimizer, owner.parameter, self.active(self.block(moment)), grown, positions.numel()
         )
