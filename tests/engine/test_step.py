@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow import Sparsifier, methods, sparsify
-from regrow.core.method import Method
+from regrow.core.method import Method, Rule
 from regrow.engine.step import plan, reads_everywhere
 from regrow.nn import SparseModule
 from support.loops import data, loss_of
@@ -249,6 +249,57 @@ def test_a_step_in_which_the_optimizer_raised_comes_again(timing: str, storage: 
         runs.append((sparsifier, [p.detach().clone() for p in model.parameters()]))
     assert snapshot(runs[0][0]) == snapshot(runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_step_that_comes_again_with_the_same_gradient_reads_all_of_it(storage: Any) -> None:
+    """Without a new backward: what was set aside is all that knows the gradient of inactive entries."""
+    runs = []
+    for fails in (False, True):
+        model = mlp()
+        optimizer = Failing(model.parameters(), lr=0.1, momentum=0.9)
+        sparsifier = sparsify(model, optimizer, rigl(interval=2), storage=storage)
+        for step in range(1, 5):
+            backward(model, step)
+            if fails:
+                optimizer.fails = True
+                with pytest.raises(RuntimeError, match="broken"):
+                    optimizer.step()
+                optimizer.fails = False
+            optimizer.step()
+            assert (sparsifier.step, sparsifier.updates) == (step, step // 2)
+        runs.append((sparsifier, [p.detach().clone() for p in model.parameters()]))
+    assert snapshot(runs[0][0]) == snapshot(runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_update_that_raises_is_over(storage: Any, optimizers: int) -> None:
+    """The optimizers have stepped: the step counts, and training goes on without that update, until the next one."""
+
+    def raises_once(weights: Any, step: int) -> None:
+        if step == 2:
+            raise RuntimeError("broken")
+
+    method = rigl(interval=2)
+    model = mlp()
+    held = halves(model)
+    sparsifier = sparsify(model, held, method._replace(update=(Rule(raises_once), *method.update)), storage=storage)
+    for step in range(1, 6):
+        backward(model, step)
+        held[0].step()
+        if optimizers == 2 and step == 2:
+            with pytest.raises(RuntimeError, match="broken"):
+                held[1].step()
+        elif optimizers == 2:
+            held[1].step()
+        if optimizers == 1 and step == 2:
+            backward(model, 50)
+            with pytest.raises(RuntimeError, match="broken"):
+                held[0].step()
+        assert sparsifier.step == step
+    assert sparsifier.updates == (3 if optimizers == 1 else 4)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

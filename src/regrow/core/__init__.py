@@ -9,8 +9,8 @@
 * `Schedule`: a number over optimizer steps, step -> float (in `regrow.parts.schedules`)
 * `Method`: a start, updates and what they need, under one name; composed, never subclassed
 
-The verb is `SparseWeight.rewire`, the only way in which a topology changes: survivors keep value and optimizer state,
-newcomers start at zero. Two updates carry every method, `prune` and `drop_and_grow`; `every` says when. RigL:
+The verb is `SparseWeight.rewire`, the only way in which training changes a topology: survivors keep value and optimizer
+state, newcomers start at zero. Two updates carry most methods, `prune` and `drop_and_grow`; `every` says when. RigL:
 
     >>> from regrow.parts import *
     >>> moves = drop_and_grow(cosine(0.3, until=24_000), lowest(magnitude), highest(gradient))
@@ -24,7 +24,7 @@ newcomers start at zero. Two updates carry every method, `prune` and `drop_and_g
     >>> rigl.due(100), rigl.due(150), rigl.due(24_000)
     (True, False, False)
 
-GraNet is gradual pruning chained with RigL's exchange, here from a dense network:
+GraNet is gradual pruning chained with RigL's drop and grow, here from a dense network:
 
     >>> ramp = prune(cubic(1.0, 0.1, until=12_000), magnitude, globally)
     >>> update = chain(every(100, ramp, until=12_000), every(100, moves, until=24_000))

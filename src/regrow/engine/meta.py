@@ -11,7 +11,7 @@ from torch import nn
 from regrow.core.draws import Stream
 from regrow.kernels import Index
 from regrow.nn import SparseModule
-from regrow.storage.pending import exchange
+from regrow.storage.pending import swap_memory
 
 
 def on_meta_device(model: nn.Module) -> bool:
@@ -62,11 +62,11 @@ def leave_meta_device(model: nn.Module, seed: int) -> None:
         if not on_meta:
             continue
         for name, tensor in on_meta.items():
-            # What its module leaves unfilled shows.
+            # NaN, so that an entry which the module does not initialize is noticed below.
             blank = math.nan if tensor.is_floating_point() else 0
             real = torch.full_like(tensor, blank, device="cpu")
             if isinstance(tensor, nn.Parameter):
-                exchange(tensor, nn.Parameter(real, tensor.requires_grad))
+                swap_memory(tensor, nn.Parameter(real, tensor.requires_grad))
             else:
                 module.register_buffer(name, real, persistent=name not in module._non_persistent_buffers_set)
         if isinstance(module, SparseModule):

@@ -45,7 +45,7 @@ def place(storage: Storage | Mapping[str, Storage], found: Sequence[Found], owne
         owners: the optimizer of each.
 
     Raises:
-        ValueError: for a storage that there is none of, or a glob that fits none of the parameters.
+        ValueError: for an unknown storage, or a glob that fits none of the parameters.
     """
     if not isinstance(storage, Mapping):
         require_choice("sparsify", "storage", storage, (*get_args(Storage), "auto"))
@@ -85,17 +85,23 @@ def drafts(places: Sequence[Place], method: Method, memory: Memory) -> list[Draf
     if method.latent is not None:
         wanted = [(f.parameter, optimizer, f.names, f.out_axis, f.in_axis) for f, optimizer, _ in places]
         return list(latent_parameters(wanted, method.name, method.latent))
-    return [
-        MaskedParameter(f.parameter, optimizer, f.names, f.out_axis, f.in_axis)
-        if storage == "masked"
-        else PendingParameter(f.parameter, optimizer, f.names, f.out_axis, f.in_axis, f.holders, memory)
-        for f, optimizer, storage in places
-    ]
+    return [_draft(f, optimizer, storage, memory) for f, optimizer, storage in places]
+
+
+def _draft(found: Found, optimizer: Optimizer, storage: Storage, memory: Memory) -> Draft:
+    held = found.parameter, optimizer, found.names, found.out_axis, found.in_axis
+    match storage:
+        case "masked":
+            return MaskedParameter(*held)
+        case "compressed":
+            return PendingParameter(*held, found.holders, memory)
 
 
 def dense_reasons(method: Method, source: Source) -> list[str]:
     """What makes compressed storage as large as dense with `method`, as ends of a sentence about it."""
     reasons = [reason for need, reason in _DENSE_NEEDS.items() if need in method.needs]
+    if method.latent is not None:
+        reasons.append("computes weights from values that it trains at every position")
     if isinstance(source, FirstStep):
         reasons.append("starts from a dense model's gradient, unless batches= and loss= are given")
     return reasons

@@ -81,7 +81,7 @@ class _Times(NamedTuple):
 
 
 def faster(parameters: Sequence[Draft], inputs: Calls) -> list[Draft]:
-    """`parameters`, of which those become masked whose layers run no faster compressed; what is picked is logged.
+    """The parameters; those whose layers are not faster compressed become masked. What is picked is logged.
 
     Time is that of forward and backward. Of several ranks the first one measures, for all of them.
 

@@ -44,7 +44,7 @@ class Sparsifier:
     ) -> None:
         self.model = model
         self.excluded = list(excluded)
-        self._stepper = Stepper(method, parameters, outside, optimizers, seed, started)
+        self._stepper = Stepper(method, parameters, outside, optimizers, seed, started, keeps=self)
         self.names = {id(p.parameter): p.weights[0].name for p in parameters}
         """Sparsified parameters: id -> name."""
         self._shown: list[Any] = []
@@ -56,12 +56,12 @@ class Sparsifier:
 
     @property
     def method(self) -> Method:
-        """What is at work."""
+        """The method at work."""
         return self._stepper.method
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """Those that together hold the weights."""
+        """The optimizers that together hold the weights."""
         return self._stepper.optimizers
 
     @property
@@ -71,7 +71,7 @@ class Sparsifier:
 
     @property
     def seed(self) -> int:
-        """Of every random draw."""
+        """The seed of every random draw."""
         return self._stepper.seed
 
     @property

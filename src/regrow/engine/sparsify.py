@@ -85,7 +85,7 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     Raises:
         ValueError: nothing to sparsify, an infeasible budget, a weight in none or in two of the optimizers, an
             option that does not apply or is missing, a weight or optimizer that another sparsifier works on.
-        TypeError: a method or an optimizer that is none.
+        TypeError: `method` is no Method, or `optimizer` no Optimizer.
 
     Examples:
         >>> from regrow import methods

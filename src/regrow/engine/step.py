@@ -19,6 +19,7 @@ closed when every optimizer has stepped. Its kind is known beforehand:
 | OPEN     | an optimizer begins inside the same backward          | joins, its own gradients are read | OPEN  |
 | OPEN     | an optimizer has stepped, others have not             | gives back what was hidden        | OPEN  |
 | OPEN     | the last optimizer has stepped                        | `_close`                          | None  |
+| OPEN     | the same, and its update raises: the step counts      | `_close`                          | None  |
 | OPEN     | the backward ends that the optimizers step in         | `_close`                          | None  |
 | OPEN     | that backward broke off, and the next one comes       | `_lapse`, `_open`                 | OPEN  |
 | any      | a step is skipped by a gradient scaler, or is nested  | nothing                           | same  |
@@ -47,16 +48,16 @@ from regrow.core.weight import Weights
 from regrow.engine.optimizers import StepArguments, closure_of, is_nested, skips_step, with_closure
 from regrow.engine.probe import NoProbe
 from regrow.parts.observers import mark_explored
-from regrow.storage.stored import Stored
+from regrow.storage.stored import Draft, Stored
 
-Kind = Literal["ordinary", "start", "instead", "after"]
+StepKind = Literal["ordinary", "start", "instead", "after"]
 """What a training step does to topologies, and when."""
 
 OUTSIDE = -1
 """What stands for the number of a backward where none is under way."""
 
 
-def plan(method: Method, started: bool, number: int) -> Kind:
+def plan(method: Method, started: bool, number: int) -> StepKind:
     """What training step `number` (the first is 1) does.
 
     Examples:
@@ -69,14 +70,14 @@ def plan(method: Method, started: bool, number: int) -> Kind:
     return method.timing if method.due(number) else "ordinary"
 
 
-def reads_everywhere(method: Method, kind: Kind) -> bool:
+def reads_everywhere(method: Method, kind: StepKind) -> bool:
     """Whether a step of this kind reads the gradient at inactive positions."""
     return (
         kind == "start" or Need.EVERY_GRADIENT in method.needs or (kind != "ordinary" and Need.GRADIENT in method.needs)
     )
 
 
-def weights_of(parameters: Sequence[Any], outside: int) -> Weights:
+def weights_of(parameters: Sequence[Draft], outside: int) -> Weights:
     """The weights of all parameters, with the entries outside that count in the budget, all of them active."""
     return Weights(tuple(w for p in parameters for w in p.weights), outside, outside)
 
@@ -105,7 +106,7 @@ class Step:
     """A training step that is open."""
 
     number: int
-    kind: Kind
+    kind: StepKind
     late: bool
     """Whether gradients come while the optimizers step: from a closure, or from the backward that they step in."""
     backward: int = OUTSIDE
@@ -135,6 +136,7 @@ class Stepper:
         optimizers: those that together hold the parameters.
         seed: of the draws.
         started: whether the first topologies are made.
+        keeps: what lives as long as the optimizers' hooks do: a sparsifier that nobody else holds goes on working.
     """
 
     def __init__(
@@ -145,7 +147,9 @@ class Stepper:
         optimizers: Sequence[Optimizer],
         seed: int,
         started: bool,
+        keeps: object = None,
     ) -> None:
+        self.keeps = keeps
         self.optimizers = list(optimizers)
         self.seed = seed
         self.number = 0
@@ -238,7 +242,8 @@ class Stepper:
                 return
             if step is not None and len(step.stepped) == len(self.optimizers):
                 self._close(step)
-            self._watch()
+            else:
+                self._watch()
 
     def _after_backward(self) -> None:
         """The backward that optimizers stepped in has ended."""
@@ -246,7 +251,6 @@ class Stepper:
         if step is not None and step.backward != OUTSIDE:
             with torch.no_grad():
                 self._close(step)
-                self._watch()
 
     def _joins(self, step: Step, optimizer: Optimizer, backward: int) -> bool:
         """Whether the optimizer takes part in the open step."""
@@ -288,7 +292,7 @@ class Stepper:
             parameter.mask()
 
     def _open_own(self, step: Step, optimizer: Optimizer) -> None:
-        """Open what one optimizer holds, of which the gradient is there and the others' may not be."""
+        """Open the parameters of one optimizer: their gradients have arrived, those of others perhaps not."""
         loaded = id(optimizer) in self._loaded
         is_read = step.kind != "ordinary" or self.method.observe is not None
         for parameter in self._of(optimizer):
@@ -302,26 +306,35 @@ class Stepper:
     def _lapse(self, step: Step) -> None:
         """End a step some of whose optimizers never stepped or raised; if none finished, it does not count."""
         _give_back(step, list(step.hidden))
-        if not step.stepped and not step.replaces:
-            self.number = step.number - 1
-        elif step.waits:
-            self._update(step.number)
-        if step.waits or step.backward != OUTSIDE:
-            for parameter in self.parameters:
-                parameter.closed(complete=False)
         self.open = None
+        comes_again = not step.stepped and not step.replaces
+        if comes_again:
+            self.number = step.number - 1
+        if comes_again and self._arrived() == self._arrivals:
+            # With the same gradient, of which only what is held knows the inactive entries.
+            return
+        try:
+            if step.waits and not comes_again:
+                self._update(step.number)
+        finally:
+            if step.waits or step.backward != OUTSIDE:
+                for parameter in self.parameters:
+                    parameter.closed(complete=False)
 
     def _close(self, step: Step) -> None:
-        """End a step whose optimizers have all stepped."""
-        if step.late:
-            self._read(step)
-        if step.waits:
-            self._update(step.number)
-        for parameter in self.parameters:
-            parameter.closed(complete=True)
-            if step.kind != "ordinary":
-                parameter.mask()
-        self.open = None
+        """End a step whose optimizers have all stepped, also where its update raises."""
+        try:
+            if step.late:
+                self._read(step)
+            if step.waits:
+                self._update(step.number)
+        finally:
+            self.open = None
+            for parameter in self.parameters:
+                parameter.closed(complete=True)
+                if step.kind != "ordinary":
+                    parameter.mask()
+            self._watch()
 
     # What transitions do
 
@@ -369,7 +382,7 @@ class Stepper:
         self.updates += 1
         _note_explored(self.method, self.weights, before)
 
-    def _watch(self, again: Kind = "ordinary") -> None:
+    def _watch(self, again: StepKind = "ordinary") -> None:
         """Tell storages whether the coming backward passes keep gradients at inactive positions.
 
         Args:

@@ -1,4 +1,4 @@
-"""Floor 3, what: recipes of sparse training, one file for each, in the families of the README.
+"""Floor 3, what: recipes of sparse training, a file for each with its presets, in the families of the README.
 
 A recipe is a function of its options that returns a `Method`, composed from `regrow.parts`. `RECIPES` holds them all.
 """

@@ -51,7 +51,7 @@ def recipe(function: Callable[P, Method]) -> Callable[P, Method]:
     """`function` itself, whose docstring then describes every option.
 
     Raises:
-        TypeError: when neither the docstring nor `SHARED` describes an option, or the docstring one that is not there.
+        TypeError: when an option is described nowhere, or the docstring describes one that does not exist.
     """
     function.__doc__ = described(function)
     return function

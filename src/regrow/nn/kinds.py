@@ -35,7 +35,7 @@ from regrow.nn.uses import (
     transposed_convolution_uses,
 )
 
-Weights = Mapping[str, int]
+Blocks = Mapping[str, int]
 """The weights of a module, each with its number of equal blocks of leading rows, which are weights of their own."""
 
 _ONE_WEIGHT = MappingProxyType({"weight": 1})
@@ -44,7 +44,7 @@ _COMPUTING = ("forward", "_conv_forward", "__call__")
 
 
 def nothing(module: Any) -> None:
-    """Nothing is to be done, or said."""
+    """The default of a row: do nothing, return None."""
 
 
 class Kind(NamedTuple):
@@ -59,7 +59,7 @@ class Kind(NamedTuple):
     """The class, or "package.Name" of one in a package that need not be installed."""
     sparse: type[SparseModule] | None = None
     """The class that stands for it in compressed storage. Without one, it can be masked only."""
-    weights: Weights | Callable[[Any], Weights] = _ONE_WEIGHT
+    weights: Blocks | Callable[[Any], Blocks] = _ONE_WEIGHT
     """What is sparsified, or what finds that in a module."""
     out_axis: int = 0
     """Which axis of each weight counts the outputs."""
@@ -83,7 +83,7 @@ class Kind(NamedTuple):
         """What tables call it."""
         return self.dense.rpartition(".")[2] if isinstance(self.dense, str) else self.dense.__name__
 
-    def weights_of(self, module: nn.Module) -> Weights:
+    def weights_of(self, module: nn.Module) -> Blocks:
         """The weights of a module of this kind, dense or sparse.
 
         Raises:
@@ -103,18 +103,18 @@ def _depthwise(conv: Any) -> str | None:
     return "depthwise" if conv.groups == conv.in_channels > 1 else None
 
 
-def _gates(layer: Any) -> Weights:
+def _gates(layer: Any) -> Blocks:
     """Every weight of every layer, whose rows are those of one gate after the other; a projection has no gates."""
     names = [n for n, _ in layer.named_parameters(recurse=False) if n.startswith("weight_")]
     return {n: 1 if n.startswith("weight_hr") else shape_of(layer, n)[0] // layer.hidden_size for n in names}
 
 
-def _cell_gates(cell: Any) -> Weights:
+def _cell_gates(cell: Any) -> Blocks:
     return dict.fromkeys(("weight_ih", "weight_hh"), shape_of(cell, "weight_ih")[0] // cell.hidden_size)
 
 
-def _projections(attention: Any) -> Weights:
-    """Those of queries, keys and values: packed, or the three of their own."""
+def _projections(attention: Any) -> Blocks:
+    """The weights of queries, keys and values: one packed weight, or three separate ones."""
     blocks = {"in_proj_weight": 3, "q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
     return {name: n for name, n in blocks.items() if getattr(attention, name, None) is not None}
 

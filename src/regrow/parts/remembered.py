@@ -1,7 +1,7 @@
 """What parts remember of a weight from one step to the next. Each thing has one owner here, which knows its key.
 
 `weight.state` is the form in which all of it is saved. Parts read and write it through these owners only, so that
-no key is spelled in two files, and what is missing is told in one place.
+no part spells a key of another, and what is missing is told in one place.
 """
 
 from __future__ import annotations

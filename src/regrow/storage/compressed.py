@@ -120,7 +120,7 @@ class CompressedParameter(Stored):
             grad[nnz:] = 0
 
     def closed(self, complete: bool) -> None:
-        """Forget what was kept; where an update was waiting, only what was held for it."""
+        """Forget the operands that were held for an update, or else the kept ones; the next step's stay."""
         super().closed(complete)
         self.operands.forget()
 

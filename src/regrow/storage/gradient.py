@@ -12,7 +12,7 @@ from regrow.core import selection
 
 
 class Gradient:
-    """How many backward passes reached one parameter, by what they are scaled, and whether they are finite.
+    """The gradient of one parameter: how many backward passes reached it, its scale, and what is held of it.
 
     Args:
         parameter: the one that is watched.
@@ -25,11 +25,13 @@ class Gradient:
         self.arrivals = 0
         """Backward passes that reached the parameter so far."""
         self._scale = 1.0
-        """By what whoever reads the gradient now divides it."""
+        """Readers divide the gradient by this."""
         self._held: Tensor | None = None
         """What was set aside of the gradient until the step is closed; it is then read in its place."""
         self._earlier = 0
+        """Arrivals that belong to steps before this one."""
         self._at_open = 0
+        """Arrivals when the last step was opened."""
         self._arrived: weakref.WeakMethod[Callable[[Tensor], None]] | None = None
         self._handle: RemovableHandle | None = None
 
@@ -58,7 +60,7 @@ class Gradient:
             self._handle.remove()
 
     def opened(self) -> None:
-        """A training step begins; what arrived before the last one, if that was never closed, belonged to that."""
+        """A training step begins; if the step before was never closed, what arrived until it opened belonged to it."""
         self._earlier = max(self._earlier, self._at_open)
         self._at_open = self.arrivals
 
@@ -88,7 +90,7 @@ class Gradient:
 
     @property
     def scale(self) -> float:
-        """By what whoever reads the gradient now divides it."""
+        """Readers divide the gradient by this."""
         return self._scale
 
     @property

@@ -62,7 +62,7 @@ class LatentParameter(Stored):
         self._given: Tensor | None = None
         """The parameter's own gradient, while that of the latent values is in its place."""
         self._version = parameter._version
-        """Of the parameter, when it was computed last."""
+        """The parameter's version counter when this wrote it last."""
         self._weights = [LatentWeight(self, *block, out_axis, in_axis) for block in blocks_of(parameter, names)]
         self.gradient.watch(self._arrived)
 
@@ -218,7 +218,7 @@ class LatentWeight(DenseRows):
         return torch.equal(self.owner.parameter.detach()[self.rows], self.computed(drawn))
 
     def pull(self, given: Tensor, noisy: bool, step: int, scale: float) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Gradients of loss and penalty, times `scale`, from the loss's alone with respect to the weight.
+        """Turn the gradient of the loss with respect to the weight into those of loss and penalty, times `scale`.
 
         Args:
             given: (shape), already times `scale`.

@@ -42,11 +42,11 @@ def zero_outside(tensor: Tensor, mask: Tensor) -> None:
 
 @dataclass
 class _Aside:
-    """Of which gradient in the parameter a copy is held."""
+    """Which gradient tensor the held copy was taken from."""
 
     source: weakref.ref[Tensor]
     version: int
-    """Of the source, when its inactive entries had been zeroed."""
+    """Version counter of that tensor right after its inactive entries were zeroed."""
     lasting: bool = False
 
     def is_of(self, grad: Tensor) -> bool:
@@ -118,7 +118,7 @@ class MaskedParameter(Stored):
         self._settle()
 
     def _settle(self) -> None:
-        """Clip or unscale what was set aside as the parameter's gradient was since, or forget it where that is gone."""
+        """Scale the held copy as the gradient was scaled since; forget it if the gradient is gone."""
         grad, aside = self.parameter.grad, self._aside
         if aside is None or aside.lasting:
             return

@@ -40,7 +40,7 @@ class KeptOperands:
         self._largest: float | None = None
         """The largest entry of that gradient when it had accumulated; None where it is yet to be computed."""
         self._factor = 1.0
-        """By what the gradient was clipped or unscaled since."""
+        """The factor by which the gradient was clipped or unscaled since."""
         memory.join(self)
 
     @property
@@ -89,7 +89,7 @@ class KeptOperands:
             self._passes.clear()
 
     def forget(self) -> None:
-        """Forget what was held, or else what was kept: that of the next step stays."""
+        """Forget the held operands if there are any (those kept for the next step stay), or else the kept ones."""
         if self._held is not None:
             self._held = None
         else:

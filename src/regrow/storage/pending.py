@@ -115,7 +115,7 @@ class PendingParameter(Draft):
         dense, grad = self.parameter.detach(), self.parameter.grad
         values = self._drawn(topology, capacity, seed) if dense.is_meta else _gathered(dense, topology, capacity)
         self._let_go()
-        exchange(self.parameter, nn.Parameter(values, self.parameter.requires_grad))
+        swap_memory(self.parameter, nn.Parameter(values, self.parameter.requires_grad))
         self.optimizer.state.get(self.parameter, {}).update(state)
         if grad is not None and not grad.is_meta:
             self.parameter.grad = _gathered(grad, topology, capacity)
@@ -196,12 +196,12 @@ def is_refused(optimizer: Optimizer) -> bool:
     return any(base.__name__ in REFUSED for base in type(optimizer).__mro__)
 
 
-def exchange(one: Tensor, other: Tensor) -> None:
+def swap_memory(one: Tensor, other: Tensor) -> None:
     """Exchange memory and shape of two tensors; `one` keeps its identity, its attributes and its hooks."""
     attributes = dict(vars(one))
     torch.utils.swap_tensors(one, other)  # type: ignore[no-untyped-call]
     vars(one).update(attributes)
-    # Half of a hook lies in what was exchanged; naming it anew puts it there again.
+    # The C++ half of a hook went with the memory; assigning the Python half registers it again.
     one._backward_hooks = one._backward_hooks
     one._post_accumulate_grad_hooks = one._post_accumulate_grad_hooks
 

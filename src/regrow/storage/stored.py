@@ -63,7 +63,7 @@ class Stored(Draft):
         """Make sure that values are zero outside the topology, and on demand the optimizer's `state` too."""
 
     def opened(self, loaded: bool) -> None:
-        """A training step begins, whose gradient is there: what was set aside of it is clipped or unscaled likewise."""
+        """A training step begins: scale what was set aside as the gradient was clipped or unscaled since."""
         self.gradient.opened()
         self.project(loaded)
 

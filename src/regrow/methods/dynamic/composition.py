@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regrow.core.checks import require_dynamic
-from regrow.methods.exchange import exchange
+from regrow.methods.drop_grow import drop_grow
 from regrow.parts import (
     Allocation,
     Anneal,
@@ -44,7 +44,7 @@ def dynamic_method(  # noqa: PLR0913 - every part of the update is an option
     The recipes `rigl`, `set_`, `snfs`, `dst`, `itop_set` and `itop_rigl` are this with other defaults.
     """
     require_dynamic(name, density, fraction, regrow_dropped, timing)
-    moves = exchange(name, anneal(fraction, until, begin or 0), drop, grow, redistribute, decay, regrow_dropped)
+    moves = drop_grow(name, anneal(fraction, until, begin or 0), drop, grow, redistribute, decay, regrow_dropped)
     return Method(
         name,
         random_topology(density, allocate),

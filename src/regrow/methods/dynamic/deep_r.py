@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regrow.core import selection
 from regrow.core.checks import require_density
-from regrow.methods.exchange import means
+from regrow.methods.drop_grow import reads
 from regrow.methods.recipe import recipe
 from regrow.parts import (
     Allocation,
@@ -68,7 +68,7 @@ def deep_r(
     require_density("deep_r", density)
     if not 0 <= l1 < math.inf or not 0 <= noise < math.inf:
         raise ValueError(f"deep_r: l1 and noise must be finite and at least 0, got l1 {l1:g} and noise {noise:g}")
-    needs, observe = means("deep_r", grow, redistribute, decay)
+    needs, observe = reads("deep_r", grow, redistribute, decay)
     update = every(1, _walk(l1, noise, grow, redistribute), until=until)
     start = _signed(random_topology(density, allocate))
     return Method("deep_r", start, update, observe=observe, timing="after", needs=needs)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from regrow.core.checks import require_dynamic
+from regrow.methods.drop_grow import reads
 from regrow.methods.dynamic.composition import dynamic_method
-from regrow.methods.exchange import means
 from regrow.methods.recipe import recipe
 from regrow.parts import (
     TARGET,
@@ -109,7 +109,7 @@ def mest(  # noqa: PLR0913 - every part of the update but the drop is an option
             "mest: a soft memory bound brings every weight back to its own number of entries, and redistribute would "
             "move them between weights: give one of them"
         )
-    needs, observe = means("mest", grow, None, decay)
+    needs, observe = reads("mest", grow, None, decay)
     update = _overshoot(anneal(fraction, until, begin or 0), score, grow, until, regrow_dropped)
     return Method(
         "mest",

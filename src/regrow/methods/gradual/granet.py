@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regrow.core.checks import require_fraction, require_timing
-from regrow.methods.exchange import exchange
+from regrow.methods.drop_grow import drop_grow
 from regrow.methods.gradual.ramp import last_of, pruning, require_target
 from regrow.methods.recipe import preset
 from regrow.parts import (
@@ -62,7 +62,7 @@ def _granet(  # noqa: PLR0913 - two schedules, each with its own span
             f"{name}: last_density ({last.density:g}) holds the last layer, and redistribute would move its entries: "
             "leave redistribute out, or give last_density=None"
         )
-    moves = exchange(name, anneal(fraction, until, begin), drop, grow, redistribute, decay, regrow_dropped)
+    moves = drop_grow(name, anneal(fraction, until, begin), drop, grow, redistribute, decay, regrow_dropped)
     first = begin or None
     update = chain(
         every(interval, pruning(ramp, allocate, last), begin=first, until=ramp.until or until),

@@ -20,7 +20,7 @@ from regrow.parts import (
 )
 
 
-class Exchange(NamedTuple):
+class DropGrow(NamedTuple):
     """An update that drops and grows, and what it takes to run it."""
 
     update: Update
@@ -28,14 +28,14 @@ class Exchange(NamedTuple):
     observe: Observer | None
 
 
-class Means(NamedTuple):
+class Reads(NamedTuple):
     """What a method needs for a growth and a redistribution, and the observer that keeps the mean they read, if any."""
 
     needs: Need
     observe: Observer | None
 
 
-def means(name: str, grow: Growth | None, redistribute: Statistic | None, decay: float | None) -> Means:
+def reads(name: str, grow: Growth | None, redistribute: Statistic | None, decay: float | None) -> Reads:
     """What `grow` and `redistribute` read; `decay` is of the running mean, None means 0.9.
 
     Raises:
@@ -52,10 +52,10 @@ def means(name: str, grow: Growth | None, redistribute: Statistic | None, decay:
         raise ValueError(f"{name}: decay must lie in [0, 1), got {decay:g}")
     if redistribute is not None:
         needs |= Need.ROOM
-    return Means(needs, keep_momentum(0.9 if decay is None else decay) if observes else None)
+    return Reads(needs, keep_momentum(0.9 if decay is None else decay) if observes else None)
 
 
-def exchange(
+def drop_grow(
     name: str,
     fraction: Schedule,
     drop: Drop,
@@ -63,12 +63,12 @@ def exchange(
     redistribute: Statistic | None,
     decay: float | None,
     regrow_dropped: Regrow,
-) -> Exchange:
+) -> DropGrow:
     """`drop_and_grow` with what it needs.
 
     Raises:
         ValueError: when an option is out of its range, naming the method.
     """
     require_choice(name, "regrow_dropped", regrow_dropped, ("keep", "reset", "forbid"))
-    found = means(name, grow, redistribute, decay)
-    return Exchange(drop_and_grow(fraction, drop, grow, redistribute, regrow_dropped), *found)
+    found = reads(name, grow, redistribute, decay)
+    return DropGrow(drop_and_grow(fraction, drop, grow, redistribute, regrow_dropped), *found)
