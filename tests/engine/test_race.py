@@ -220,6 +220,7 @@ def test_a_module_without_sparse_form_is_masked(judge: Any, caplog: pytest.LogCa
         (lambda: methods.gmp(0.3, until=30, interval=3), "gmp holds a value at every position during training"),
         (lambda: methods.snfs(0.3, until=30, interval=3), "snfs reads the gradient at every position at every step"),
         (lambda: methods.snip(0.3), "snip starts from a dense model's gradient"),
+        (lambda: methods.l0()._replace(needs=Need.NOTHING), "l0 computes weights from values that it trains"),
     ],
 )
 def test_methods_that_are_dense_are_masked(make: Any, why: str, judge: Any, caplog: pytest.LogCaptureFixture):
