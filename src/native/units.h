@@ -1,16 +1,6 @@
 // Products of a weight made of units with dense activations.
 //
-// A unit is G consecutive outputs x `inputs` consecutive inputs, all active or none. Row r of units covers the outputs
-// r G .. r G + G - 1. Its units are starts[r] .. starts[r + 1]; columns[j] counts in steps of `inputs` and ascends within a row.
-// The values of unit j are values[j][input][output]: what one input sends to all outputs of the unit lies side by side.
-//
-//   forward          The sums of H outputs x NV vectors of batch elements stay in registers. One load of an input serves all of
-//                    them: H + NV loads for H NV multiply-adds, where a single entry takes one for one.
-//   input gradient   The same walk the other way: the gradients of H outputs stay in registers, and an input's NV vectors are
-//                    loaded, added to and stored. No index of the transposed weight is needed.
-//   value gradient   U inputs x H outputs = one vector's number of sums over the batch stay in registers. A transposing reduction
-//                    makes one vector of them, in the order in which values are stored.
-//
+// Row r of units covers outputs r * outputs to (r + 1) * outputs. Its units are starts[r] .. starts[r + 1], their columns ascend.
 // Threads share out tiles of the batch first, and within a tile rows of units, or columns for the input gradient. Every sum is
 // taken in the same order however that is done, so results do not depend on the number of threads.
 #pragma once
@@ -18,6 +8,7 @@
 #include <numeric>
 
 #include "linear.h"
+#include "unit_loops.h"
 
 namespace regrow {
 namespace REGROW_ISA {
@@ -37,119 +28,7 @@ struct Weight {
     Int col_features() const { return cols * inputs; }
 };
 
-// What the inner loops need of it.
-template <class I>
-struct Units {
-    const I* columns;
-    Int last, outputs, inputs;  // last: the last unit
-};
-
-constexpr Int tile_bytes = Int(1) << 20;   // of a packed tile, what a row of units reaches into at a time
-constexpr Int ahead = 8;                   // units between a request for activations and their use
-template <int NV>
-constexpr int most_held = std::min(accumulators / 2, accumulators / NV);  // outputs in registers beside NV vectors of batch elements
-
-// Asks for NV vectors. Columns jump about, which the processor's own prefetching cannot follow.
-template <int NV, class A>
-inline void ask(const A* activations) {
-    constexpr int line = 64 / sizeof(A);
-#pragma GCC unroll 16
-    for (int i = 0; i < NV * lanes<A>; i += line) __builtin_prefetch(activations + i);
-}
-
-// sums[0:H][width] += H outputs of units j0..j1 times x; `values` are those of unit j0 and of the first such output.
-template <int H, int NV, class A, class I>
-void gather(const Units<I>& w, Int j0, Int j1, const A* values, const A* x, A* sums) {
-    constexpr int n = lanes<A>;
-    const Int inputs = w.inputs, outputs = w.outputs;
-    Vector<A> acc[H][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < H * NV; ++i) acc[i / NV][i % NV] = load<n>(sums + i * n);
-    for (Int j = j0; j < j1; ++j) {
-        ask<NV>(x + Int(w.columns[std::min(j + ahead, w.last)]) * (inputs * NV * n));
-        const A* in = x + Int(w.columns[j]) * (inputs * NV * n);
-        for (Int i = 0; i < inputs; ++i, in += NV * n, values += outputs) {
-            Vector<A> activations[NV];
-#pragma GCC unroll 16
-            for (int v = 0; v < NV; ++v) activations[v] = load<n>(in + v * n);
-#pragma GCC unroll 16
-            for (int k = 0; k < H * NV; ++k) acc[k / NV][k % NV] += values[k / NV] * activations[k % NV];
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < H * NV; ++i) store<n>(sums + i * n, acc[i / NV][i % NV]);
-}
-
-// dx[inputs of units j0..j1][width] += H of their outputs times dy[0:H][width]; dx begins at column c0.
-template <int H, int NV, class A, class I>
-void scatter(const Units<I>& w, Int j0, Int j1, Int c0, const A* values, const A* dy, A* dx) {
-    constexpr int n = lanes<A>;
-    const Int inputs = w.inputs, outputs = w.outputs;
-    Vector<A> gradients[H][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < H * NV; ++i) gradients[i / NV][i % NV] = load<n>(dy + i * n);
-    for (Int j = j0; j < j1; ++j) {
-        ask<NV>(dx + std::max<Int>(0, Int(w.columns[std::min(j + ahead, w.last)]) - c0) * (inputs * NV * n));
-        A* out = dx + (Int(w.columns[j]) - c0) * (inputs * NV * n);
-        for (Int i = 0; i < inputs; ++i, out += NV * n, values += outputs) {
-            Vector<A> sums[NV];
-#pragma GCC unroll 16
-            for (int v = 0; v < NV; ++v) sums[v] = load<n>(out + v * n);
-#pragma GCC unroll 16
-            for (int k = 0; k < H * NV; ++k) sums[k % NV] += values[k / NV] * gradients[k / NV][k % NV];
-#pragma GCC unroll 16
-            for (int v = 0; v < NV; ++v) store<n>(out + v * n, sums[v]);
-        }
-    }
-}
-
-template <int N, class A>
-inline void add_or_set(A* sums, Vector<A, N> x, bool set) {
-    store<N>(sums, set ? x : x + load<N>(sums));
-}
-
-// For inputs e..end: sums[e][0:H] = (first ? 0 : themselves) + the dot products of dy[0:H][width] and x[e][width], or x[columns[e]]
-// where there are columns. U inputs share a reduction, the rest has one each.
-template <int H, int U, int NV, class A, class I>
-void dot_inputs(const I* columns, Int e, Int end, Int outputs, const A* x, const A* dy, A* sums, bool first) {
-    constexpr int n = lanes<A>;
-    const auto input = [&](Int i) { return x + (columns ? Int(columns[i]) : i) * (NV * n); };
-    for (; e + U <= end; e += U) {
-        Vector<A> acc[U * H] = {};
-        const A* rows[U];
-#pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) {
-            rows[u] = input(e + u);
-            ask<NV>(input(std::min(e + 2 * U + u, end - 1)));
-        }
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-#pragma GCC unroll 16
-            for (int i = 0; i < U * H; ++i) acc[i] += load<n>(rows[i / H] + v * n) * load<n>(dy + (i % H * NV + v) * n);
-        }
-        const Vector<A, U * H> found = sum_lanes<A, U * H>(acc);
-        Vector<A, H> each[U];
-        std::memcpy(each, &found, sizeof found);
-        if (outputs == H) {
-            add_or_set<U * H>(sums + e * H, found, first);
-        } else {
-            for (int u = 0; u < U; ++u) add_or_set<H>(sums + (e + u) * outputs, each[u], first);
-        }
-    }
-    if constexpr (U > 1) dot_inputs<H, 1, NV>(columns, e, end, outputs, x, dy, sums, first);
-}
-
-// The same for H outputs of units j0..j1.
-template <int H, int NV, class A, class I>
-void dots(const Units<I>& w, Int j0, Int j1, const A* x, const A* dy, A* sums, bool first) {
-    constexpr int U = lanes<A> / H;
-    if (w.inputs == 1) return dot_inputs<H, U, NV>(w.columns, j0, j1, w.outputs, x, dy, sums, first);
-    const I* const in_order = nullptr;
-    for (Int j = j0; j < j1; ++j) {
-        const Int feature = Int(w.columns[j]) * w.inputs;
-        dot_inputs<H, U, NV>(in_order, 0, w.inputs, w.outputs, x + feature * (NV * lanes<A>), dy, sums + j * w.inputs * w.outputs, first);
-    }
-}
+constexpr Int reach = Int(1) << 20;  // bytes of a packed tile that a row of units reaches into at a time
 
 // How many outputs of a unit are computed together: the largest power of 2, at most `most`, that divides them.
 inline int together(Int outputs, int most) { return int(std::min<Int>(most, outputs & -outputs)); }
@@ -183,7 +62,9 @@ void for_segments(const Weight<T, I>& w, Int r0, Int r1, Int c0, Int c1, Int pan
 
 // Rows of units that walk the panels together, and columns in a panel.
 template <class T, class I>
-Int rows_of_block(const Weight<T, I>& w) { return std::max<Int>(1, block_rows / w.outputs); }
+Int rows_of_block(const Weight<T, I>& w) {
+    return std::max<Int>(1, block_rows / w.outputs);
+}
 template <int width, class T, class I>
 Int cols_of_panel(const Weight<T, I>& w, Int bytes) {
     return std::max<Int>(1, bytes / (w.inputs * width * Int(sizeof(Sum<T>))));
@@ -210,7 +91,7 @@ const Sum<T>* summands(const Weight<const T, I>& w, Int r0, Int r1) {
     }
 }
 
-// What one thread does of a product: the tiles tile0..tile1 of the batch, and of these the part `part` of `parts`.
+// What one thread does of a product at a time: the tiles tile0..tile1 of the batch, and of these the part `part` of `parts`.
 template <class A>
 struct Share {
     Int tile0, tile1;
@@ -219,9 +100,10 @@ struct Share {
 };
 
 // Packs activations in tiles of `width` batch elements, as many at a time as fit in group_bytes, and calls work(share) on every
-// thread. Threads that own whole tiles pack them themselves: these stay in their cores' caches, and nobody waits.
+// thread for `step` of its tiles after the other. A thread that owns whole tiles packs them just before, so that they are in its
+// core's cache, and waits for nobody. `by_tiles` says whether threads may own tiles.
 template <int width, class T, class F>
-void for_shares(int threads, Activations<const T> x, Int features, Int batch, bool by_tiles, F&& work) {
+void for_shares(int threads, Activations<const T> x, Int features, Int batch, bool by_tiles, Int step, F&& work) {
     using A = Sum<T>;
     const Int size = features * width, tiles = (batch + width - 1) / width;
     const Int fit = group_bytes / (size * Int(sizeof(A)) + 1), several = std::max<Int>(1, fit / threads * threads);
@@ -230,22 +112,39 @@ void for_shares(int threads, Activations<const T> x, Int features, Int batch, bo
         const Int count = std::min(several, tiles - tile0);
         // Equal shares, whatever the numbers: as many teams as divide both, and the threads of a team divide the weight.
         const int teams = by_tiles ? int(std::gcd(count, Int(threads))) : 1, parts = threads / teams;
-        const auto share = [&](int thread) {
-            const Int team = thread / parts, first = count * team / teams;
-            return Share<A>{tile0 + first, tile0 + count * (team + 1) / teams, thread % parts, parts, packed + first * size};
+        const auto pack_tiles = [&](Int begin, Int end, int part, A* target) {
+            const Int first = features * part / parts, last = features * (part + 1) / parts;
+            for (Int tile = begin; tile < end; ++tile, target += size) {
+                pack<width>(x, batch, tile * width, std::min<Int>(width, batch - tile * width), first, last, target + first * width);
+            }
         };
         const auto run = [&](int thread, bool packs, bool works) __attribute__((noinline)) {  // large, and called in four places
-            const Share<A> s = share(thread);
-            const Int first = features * s.part / s.parts, last = features * (s.part + 1) / s.parts;
-            for (Int tile = s.tile0; packs && tile < s.tile1; ++tile) {
-                A* target = packed + (tile - tile0) * size + first * width;
-                pack<width>(x, batch, tile * width, std::min<Int>(width, batch - tile * width), first, last, target);
+            const Int team = thread / parts, begin = count * team / teams, end = count * (team + 1) / teams;
+            const int part = thread % parts;
+            if (!works) return pack_tiles(tile0 + begin, tile0 + end, part, packed + begin * size);
+            for (Int first = begin; first < end; first += step) {
+                const Int last = std::min(end, first + step);
+                A* target = packed + (packs ? begin : first) * size;
+                if (packs) pack_tiles(tile0 + first, tile0 + last, part, target);
+                work(Share<A>{tile0 + first, tile0 + last, part, parts, target});
             }
-            if (works) work(s);
         };
-        parallel(threads, [&](int thread) { run(thread, true, parts == 1); });
-        if (parts > 1) parallel(threads, [&](int thread) { run(thread, false, true); });
+        if (parts == 1) {
+            parallel(threads, [&](int thread) { run(thread, true, true); });
+        } else {
+            parallel(threads, [&](int thread) { run(thread, true, false); });
+            parallel(threads, [&](int thread) { run(thread, false, true); });
+        }
     }
+}
+
+// How many tiles each block of rows goes through. What is read anew is all of the weight for each run of tiles, or a tile for each
+// block of rows: where the weight is the smaller, one tile after the other.
+template <int width, class T, class I>
+Int tiles_at_a_time(const Weight<T, I>& w, Int rows, Int batch) {
+    const Int weight_bytes = w.count() * (w.size() * Int(sizeof(T)) + Int(sizeof(I)));
+    const Int tile_bytes = w.col_features() * width * Int(sizeof(Sum<T>)), blocks = (w.rows + rows - 1) / rows;
+    return weight_bytes < blocks * tile_bytes ? 1 : (batch + width - 1) / width;
 }
 
 // y = x W^t + bias.
@@ -254,14 +153,18 @@ void forward(int threads, const Weight<const T, I>& w, Int batch, Activations<co
     using A = Sum<T>;
     constexpr int width = NV * lanes<A>;
     const Units<I> units{w.columns, w.count() - 1, w.outputs, w.inputs};
-    const Int rows = rows_of_block(w), outputs = w.outputs, panel = cols_of_panel<width>(w, tile_bytes);
+    const Int rows = rows_of_block(w), outputs = w.outputs, panel = cols_of_panel<width>(w, reach);
     const int held = together(outputs, most_held<NV>);
-    decltype(&gather<1, NV, A, I>) inner = nullptr;
-    with_held<most_held<NV>>(held, [&](auto H) { inner = gather<decltype(H)::value, NV, A, I>; });
-    for_shares<width>(threads, x, w.col_features(), batch, true, [&](const Share<A>& s) {
+    decltype(&gather<1, NV, true, A, I>) inner = nullptr;
+    with_held<most_held<NV>>(held, [&](auto H) {
+        constexpr int h = decltype(H)::value;
+        inner = w.inputs == 1 ? gather<h, NV, true, A, I> : gather<h, NV, false, A, I>;
+    });
+    const Int step = tiles_at_a_time<width>(w, rows, batch);
+    for_shares<width>(threads, x, w.col_features(), batch, true, step, [&](const Share<A>& s) {
         A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(rows * outputs * width) * sizeof(A)));
-        const Int end = cut(w.starts, w.rows, s.parts, s.part + 1);
-        for (Int r0 = cut(w.starts, w.rows, s.parts, s.part); r0 < end; r0 += rows) {
+        const Int begin = cut(w.starts, w.rows, s.parts, s.part), end = cut(w.starts, w.rows, s.parts, s.part + 1);
+        for (Int r0 = begin; r0 < end; r0 += rows) {
             const Int r1 = std::min(end, r0 + rows);
             const A* values = summands(w, r0, r1);
             for (Int tile = s.tile0; tile < s.tile1; ++tile) {
@@ -269,7 +172,8 @@ void forward(int threads, const Weight<const T, I>& w, Int batch, Activations<co
                 fill<width>(bias, r0 * outputs, r1 * outputs, sums);
                 for_segments(w, r0, r1, 0, w.cols, panel, [&](Int r, Int from, Int to) {
                     for (Int o = 0; o < outputs; o += held) {
-                        inner(units, from, to, values + (from - w.starts[r0]) * w.size() + o, packed, sums + ((r - r0) * outputs + o) * width);
+                        const A* here = values + (from - w.starts[r0]) * w.size() + o;
+                        inner(units, from, to, here, packed, sums + ((r - r0) * outputs + o) * width);
                     }
                 });
                 unpack<width>(sums, r0 * outputs, r1 * outputs, y, batch, tile * width, std::min<Int>(width, batch - tile * width));
@@ -284,26 +188,31 @@ void input_gradient(int threads, const Weight<const T, I>& w, Int batch, Activat
     using A = Sum<T>;
     constexpr int width = NV * lanes<A>;
     const Units<I> units{w.columns, w.count() - 1, w.outputs, w.inputs};
-    const Int rows = rows_of_block(w), outputs = w.outputs, panel = cols_of_panel<width>(w, tile_bytes);
+    const Int rows = rows_of_block(w), outputs = w.outputs, panel = cols_of_panel<width>(w, reach);
     const int held = together(outputs, most_held<NV>);
-    decltype(&scatter<1, NV, A, I>) inner = nullptr;
-    with_held<most_held<NV>>(held, [&](auto H) { inner = scatter<decltype(H)::value, NV, A, I>; });
-    for_shares<width>(threads, dy, w.row_features(), batch, true, [&](const Share<A>& s) {
+    decltype(&scatter<1, NV, true, A, I>) inner = nullptr;
+    with_held<most_held<NV>>(held, [&](auto H) {
+        constexpr int h = decltype(H)::value;
+        inner = w.inputs == 1 ? scatter<h, NV, true, A, I> : scatter<h, NV, false, A, I>;
+    });
+    for_shares<width>(threads, dy, w.row_features(), batch, true, 1, [&](const Share<A>& s) {
         const Int c0 = w.cols * s.part / s.parts, c1 = w.cols * (s.part + 1) / s.parts, f0 = c0 * w.inputs, f1 = c1 * w.inputs;
-        A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t((f1 - f0) * width) * sizeof(A)));
+        // Of all columns, so that a column is its own place: pages of other threads' columns are never touched and cost nothing.
+        A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(w.col_features() * width) * sizeof(A)));
         for (Int tile = s.tile0; tile < s.tile1; ++tile) {
             const A* packed = s.packed + (tile - s.tile0) * w.row_features() * width;
-            fill<width>(bias, f0, f1, sums);
+            fill<width>(bias, f0, f1, sums + f0 * width);
             for (Int r0 = 0; r0 < w.rows; r0 += rows) {
                 const Int r1 = std::min(w.rows, r0 + rows);
                 const A* values = summands(w, r0, r1);
                 for_segments(w, r0, r1, c0, c1, panel, [&](Int r, Int from, Int to) {
                     for (Int o = 0; o < outputs; o += held) {
-                        inner(units, from, to, c0, values + (from - w.starts[r0]) * w.size() + o, packed + (r * outputs + o) * width, sums);
+                        const A* here = values + (from - w.starts[r0]) * w.size() + o;
+                        inner(units, from, to, here, packed + (r * outputs + o) * width, sums);
                     }
                 });
             }
-            unpack<width>(sums, f0, f1, dx, batch, tile * width, std::min<Int>(width, batch - tile * width));
+            unpack<width>(sums + f0 * width, f0, f1, dx, batch, tile * width, std::min<Int>(width, batch - tile * width));
         }
     });
 }
@@ -315,12 +224,12 @@ void value_gradient(int threads, const Weight<T, I>& w, Int batch, Activations<c
     constexpr int width = NV * lanes<A>;
     constexpr bool exact = std::is_same<T, A>::value;
     const Units<I> units{w.columns, w.count() - 1, w.outputs, w.inputs};
-    const Int rows = rows_of_block(w), outputs = w.outputs, size = w.size(), panel = cols_of_panel<width>(w, 2 * tile_bytes);
+    const Int rows = rows_of_block(w), outputs = w.outputs, size = w.size(), panel = cols_of_panel<width>(w, 2 * reach);
     const int held = together(outputs, lanes<A>);
     decltype(&dots<1, NV, A, I>) inner = nullptr;
     with_held<lanes<A>>(held, [&](auto H) { inner = dots<decltype(H)::value, NV, A, I>; });
     A* sums = exact ? reinterpret_cast<A*>(w.values) : static_cast<A*>(scratch(VALUES, std::size_t(w.count() * size) * sizeof(A)));
-    for_shares<width>(threads, x, w.col_features(), batch, false, [&](const Share<A>& s) {
+    for_shares<width>(threads, x, w.col_features(), batch, false, tiles_at_a_time<width>(w, rows, batch), [&](const Share<A>& s) {
         A* gradients = static_cast<A*>(scratch(PRIVATE, std::size_t(rows * outputs * width) * sizeof(A)));
         const Int end = cut(w.starts, w.rows, s.parts, s.part + 1);
         for (Int r0 = cut(w.starts, w.rows, s.parts, s.part); r0 < end; r0 += rows) {
