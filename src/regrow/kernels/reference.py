@@ -53,7 +53,7 @@ def unit_spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, 
     wide = _wide(values if transposed else values.transpose(1, 2))
     total = features.new_zeros(out.shape[1] // size_into, size_into, x.shape[0])
     for part in _parts(index.units, x.shape[0] * index.inputs * index.outputs):
-        total.index_add_(0, into[part], wide[part] @ features[of[part].long()])
+        total.index_add_(0, into[part], _multiply(wide[part], features[of[part].long()]))
     y = total.flatten(0, 1)
     y = y if bias is None else y + _wide(bias)[:, None]
     out.copy_(y.t())
@@ -64,7 +64,8 @@ def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
     rows, columns = _rows(index), index.columns
     x_t, dy_t = _by_units(x, index.inputs), _by_units(dy, index.outputs)
     for part in _parts(index.units, x.shape[0] * index.inputs * index.outputs):
-        out[part] = (x_t[columns[part].long()] @ dy_t[rows[part].long()].transpose(1, 2)).to(out.dtype)
+        found = _multiply(x_t[columns[part].long()], dy_t[rows[part].long()].transpose(1, 2))
+        out[part] = found.to(out.dtype)
 
 
 def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, out: Tensor) -> None:
@@ -108,6 +109,12 @@ def _grouped(index: Index, geometry: Geometry, channels: int) -> Index:
     cols = channels * geometry.kernel[0] * geometry.kernel[1]
     columns = index.columns.long() + group * (cols // geometry.groups)
     return index._replace(columns=columns, t_starts=columns.new_empty(cols + 1))
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    # Autocast is still on within an operator, and would round the operands of a matrix product.
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _by_units(x: Tensor, size: int) -> Tensor:
