@@ -141,7 +141,7 @@ def test_products(native: Any, unit: tuple[int, int], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_columns_in_several_panels_and_batches_in_several_groups(native: Any, threads: int) -> None:
-    """More tiles than are packed at a time, rows that reach further than a panel, weights larger than tiles and smaller."""
+    """More tiles than are packed at a time, rows that reach beyond a panel, weights larger than tiles and smaller."""
     check_products(native, Weight((8, 1), (4, 12000), 0.02, torch.float32, torch.int32), 300, False, False, threads)
     check_products(native, Weight((16, 16), (3, 700), 0.1, torch.bfloat16, torch.int32), 130, True, False, threads)
     check_products(native, Weight((2, 1), (7, 6000), 1.0, torch.float64, torch.int64), 70, False, True, threads)
