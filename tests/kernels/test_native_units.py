@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
+import mmap
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ from regrow.kernels import Unit
 
 installed: Any = pytest.importorskip("regrow.kernels._native", reason="built without the compiled kernels")
 
+ISAS = ("plain", "avx2", "avx512")
 UNITS = [(2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 8), (16, 16), (8, 2), (1, 4), (3, 1), (12, 3), (6, 5), (32, 1)]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # What a float32 or float64 sum may lose, and the last rounding to bfloat16.
@@ -23,7 +29,7 @@ GRIDS = ((1, 1), (5, 3), (9, 31), (3, 150))
 DENSITIES = (0.05, 0.4, 1.0)
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=ISAS)
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Another instance of the extension for every instruction set that this processor has."""
     monkeypatch.setenv("REGROW_ISA", request.param)
@@ -180,3 +186,47 @@ def test_starts_that_lead_out_of_the_columns_are_refused(native: Any) -> None:
         multiply(native, w, x, None, y)
     with pytest.raises(ValueError, match="starts must run from 0"):
         sample(native, w, x, y, torch.zeros(12, 1, 8))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_memory_beyond_the_operands_is_touched(isa: str) -> None:
+    """Also not where it would change no result: every operand begins or ends at a page that must not be touched."""
+    path = [os.path.abspath(p) for p in sys.path if p]
+    environment = os.environ | {"REGROW_ISA": isa, "PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    if "lacks REGROW_ISA" in done.stderr or "names no instruction set" in done.stderr:
+        pytest.skip(f"not on this processor: {isa}")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+EDGES = itertools.cycle((True, False))
+
+
+def at_edge(tensor: Tensor, around: float) -> Tensor:
+    """A copy of `tensor` that ends just before a protected page or, in turn, begins just after one."""
+    size, page = tensor.nbytes, mmap.PAGESIZE
+    if not size:
+        return tensor
+    before = next(EDGES)
+    pages = -(-size // page)
+    area = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area)) + (pages * page if before else 0)
+    offset = pages * page - size if before else page
+    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+    copy.copy_(tensor)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), page, 0) == 0  # PROT_NONE
+    return copy
+
+
+def touch_edges() -> None:
+    """Products whose operands all lie at the edge of what may be touched."""
+    layouts = itertools.cycle(itertools.product((False, True), repeat=2))
+    dtypes = itertools.cycle(DTYPES)
+    for unit, batch, grid in itertools.product(UNITS, (1, 3, 17, 100), ((5, 3), (9, 31))):
+        check_products(installed, Weight(unit, grid, 0.4, next(dtypes), torch.int32), batch, *next(layouts))
+
+
+if __name__ == "__main__":
+    within, is_alone = at_edge, lambda tensor: True
+    touch_edges()
+    print("done")
