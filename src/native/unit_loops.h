@@ -128,7 +128,8 @@ void dots(const Units<I>& w, Int j0, Int j1, const A* x, const A* dy, A* sums, b
     const I* const in_order = nullptr;
     for (Int j = j0; j < j1; ++j) {
         const Int feature = Int(w.columns[j]) * w.inputs;
-        dot_inputs<H, U, NV>(in_order, 0, w.inputs, w.outputs, x + feature * (NV * lanes<A>), dy, sums + j * w.inputs * w.outputs, first);
+        A* target = sums + j * w.inputs * w.outputs;
+        dot_inputs<H, U, NV>(in_order, 0, w.inputs, w.outputs, x + feature * (NV * lanes<A>), dy, target, first);
     }
 }
 
