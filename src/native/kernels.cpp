@@ -2,31 +2,12 @@
 #include "kernels.h"
 
 #include "conv.h"
+#include "dispatch.h"
 #include "linear.h"
 
 namespace regrow {
 namespace REGROW_ISA {
 namespace {
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-template <class F>
-void with_type(int dtype, F&& f) {
-    if (dtype == 0) {
-        f(float());
-    } else if (dtype == 1) {
-        f(double());
-    } else {
-        f(bfloat16());
-    }
-}
-template <class F>
-void with_types(int dtype, bool index64, F&& f) {
-    with_type(dtype, [&](auto t) { index64 ? f(t, std::int64_t()) : f(t, std::int32_t()); });
-}
 
 void run_spmm(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns, Address order,
               Address values, Address x, Int x_batch, Int x_feature, Address bias, Address y, Int y_batch, Int y_feature) {
@@ -102,7 +83,8 @@ void run_conv_value_gradient(int dtype, bool index64, int threads, const Geometr
 
 extern const Kernels kernels;
 const Kernels kernels = {run_spmm, run_sddmm, run_transpose, run_transpose_index,
-                         run_conv_forward, run_conv_input_gradient, run_conv_value_gradient};
+                         run_conv_forward, run_conv_input_gradient, run_conv_value_gradient,
+                         run_unit_spmm, run_unit_sddmm};
 
 }  // namespace REGROW_ISA
 }  // namespace regrow

@@ -41,6 +41,13 @@ struct Kernels {
                                 Address order, Address values, Address dy, Address dx);
     void (*conv_value_gradient)(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address x,
                                 Address dy, Address dvalues);
+    // Of rows x cols units of `outputs` x `inputs`, `count` are active.
+    void (*unit_spmm)(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, bool transposed,
+                      Int batch, Address starts, Address columns, Address values, Address x, Int x_batch, Int x_feature, Address bias,
+                      Address y, Int y_batch, Int y_feature);
+    void (*unit_sddmm)(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, Int batch,
+                       Address starts, Address columns, Address x, Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature,
+                       Address dvalues);
 };
 
 }  // namespace regrow

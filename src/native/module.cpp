@@ -76,6 +76,8 @@ NB_MODULE(_native, module) {
     module.def("conv_forward", with_geometry(kernels.conv_forward), released);
     module.def("conv_input_gradient", with_geometry(kernels.conv_input_gradient), released);
     module.def("conv_value_gradient", with_geometry(kernels.conv_value_gradient), released);
+    module.def("unit_spmm", kernels.unit_spmm, released);
+    module.def("unit_sddmm", kernels.unit_sddmm, released);
 }
 
 }  // namespace regrow

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regrow import Topology, kernels
-from regrow.kernels import Geometry, Index, Keeper, native, ops, reference
+from regrow.kernels import Geometry, Index, Keeper, layout, native, ops, reference
 
 DENSITIES = [0.0, 0.3, 1.0]
 BATCHES = [0, 1, 3, 17]
@@ -22,7 +22,7 @@ GEOMETRY = Geometry((2, 3), (2, 1), (1, 1), (1, 2), 2)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Everything here holds for the compiled kernels and for the reference."""
     if request.param == "reference":
-        monkeypatch.setattr(ops, "_kernels", lambda *tensors: reference)
+        monkeypatch.setattr(layout, "kernels", lambda *tensors: reference)
     elif native.instruction_set() is None:
         pytest.skip("the kernels are not compiled here")
     yield request.param

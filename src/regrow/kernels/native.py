@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regrow.kernels.geometry import Geometry
 from regrow.kernels.index import Index
+from regrow.kernels.units import UnitIndex
 
 _log = logging.getLogger("regrow")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -107,6 +108,40 @@ def sddmm(x: Tensor, dy: Tensor, index: Index, out: Tensor) -> None:
     )
 
 
+def unit_spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, transposed: bool, out: Tensor) -> None:
+    """As `spmm`, of values (units or more, inputs, outputs)."""
+    assert _native is not None
+    _native.unit_spmm(
+        *_units(x, index),
+        transposed,
+        x.shape[0],
+        index.starts.data_ptr(),
+        index.columns.data_ptr(),
+        values.data_ptr(),
+        x.data_ptr(),
+        *x.stride(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        *out.stride(),
+    )
+
+
+def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
+    """out[j, k, g] = sum_b dy[b, row(j) + g] x[b, column(j) + k], j below the number of units."""
+    assert _native is not None
+    _native.unit_sddmm(
+        *_units(x, index),
+        x.shape[0],
+        index.starts.data_ptr(),
+        index.columns.data_ptr(),
+        x.data_ptr(),
+        *x.stride(),
+        dy.data_ptr(),
+        *dy.stride(),
+        out.data_ptr(),
+    )
+
+
 def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, out: Tensor) -> None:
     """out (N, O, HO, WO) = the convolution of x (N, C, H, W), contiguous, with the sparse weight."""
     assert _native is not None
@@ -132,6 +167,11 @@ def conv_value_gradient(x: Tensor, dy: Tensor, index: Index, geometry: Geometry,
 def _conv(x: Tensor, index: Index, geometry: Geometry) -> tuple[int, ...]:
     head = (_DTYPES[x.dtype], _wide(index.columns), torch.get_num_threads())
     return (*head, *x.shape, index.rows, *(n for pair in geometry[:-1] for n in pair), geometry.groups)
+
+
+def _units(x: Tensor, index: UnitIndex) -> tuple[int, ...]:
+    head = (_DTYPES[x.dtype], _wide(index.columns), torch.get_num_threads(), *index.unit)
+    return (*head, index.starts.numel() - 1, index.cols // index.inputs, index.units)
 
 
 def _wide(columns: Tensor) -> bool:

@@ -8,7 +8,6 @@ derivatives of any order exist. Every operator has a shape rule, so `torch.compi
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from regrow.core.topology import Topology
-from regrow.kernels import activations, native, reference
+from regrow.kernels import activations, layout, unit_ops
 from regrow.kernels.geometry import Geometry
 from regrow.kernels.index import Index
+from regrow.kernels.units import UnitIndex
 
 _INT32 = torch.iinfo(torch.int32).max
 
@@ -32,36 +32,45 @@ def index(topology: Topology) -> Index:
     """
     fits = max(topology.rows, topology.row_size, topology.nnz) <= _INT32
     columns = topology.columns.to(torch.int32 if fits else torch.int64)
-    found = _kernels(columns).transpose_index(topology.starts, columns, topology.row_size)
+    found = layout.kernels(columns).transpose_index(topology.starts, columns, topology.row_size)
     return Index(topology.starts, columns, *found)
 
 
 def linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, *, transposed: bool = False, keep: int = 0
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index | UnitIndex, *, transposed: bool = False, keep: int = 0
 ) -> Tensor:
     """y = x W^T + b; with `transposed`, y = x W + b.
 
     Args:
         x: (..., cols), or (..., rows) when transposed. Feature-major input, (batch, cols) with stride (1, batch), gives
             feature-major output: element-wise operations keep the layout, so that it travels from layer to layer.
-        values: (capacity,) of which the first nnz are used, in the order of the index.
+        values: (capacity,) of which the first nnz are used, in the order of the index; of units (capacity, inputs,
+            outputs) of which the first `index.units` are used.
         bias: (rows,), or (cols,) when transposed; or None.
         index: of W.
-        transposed: multiply by W instead of W^T.
+        transposed: multiply by W instead of W^T. The thin units of 1 output x g inputs are best stored so, as units of
+            g x 1 of the transposed weight.
         keep: the key of a `Keeper`.
 
     Returns:
         (..., rows), or (..., cols) when transposed; of the type that autocast asks for, if it does.
 
     Raises:
-        ValueError: when the last axis of x does not fit.
+        ValueError: when the last axis of x does not fit, or the types differ.
+
+    Examples:
+        >>> from regrow.kernels import Unit, unit_index
+        >>> grid = Topology((2, 3), torch.tensor([1, 2, 4]))
+        >>> linear(torch.ones(5, 3), torch.ones(3, 1, 8), None, unit_index(grid, Unit(8)))[0].tolist()
+        [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     expected = index.rows if transposed else index.cols
     if x.shape[-1] != expected:
         raise ValueError(f"the input has {x.shape[-1]:,} features, the sparse weight takes {expected:,}")
-    x, values, bias = _cast(x, values, bias)
-    flat = _flat(x)
-    y: Tensor = _spmm(flat, values, bias, transposed, _is_feature_major(flat), keep, *index)
+    x, values, bias = layout.cast(x, values, bias)
+    flat = layout.flat(x)
+    product = unit_ops.unit_spmm if isinstance(index, UnitIndex) else _spmm
+    y: Tensor = product(flat, values, bias, transposed, layout.is_feature_major(flat), keep, *index)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -87,7 +96,7 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry:
             f"the input of {x.shape[2]} x {x.shape[3]}, padded by {geometry.padding}, is smaller than the kernel of "
             f"{geometry.kernel} with dilation {geometry.dilation}: give larger images or more padding"
         )
-    x, values, bias = _cast(x, values, bias)
+    x, values, bias = layout.cast(x, values, bias)
     y: Tensor = _conv(x.contiguous(), values, bias, geometry.ints, keep, *index)
     return y
 
@@ -120,53 +129,29 @@ def conv_transpose(
             f"kernel of {geometry.kernel}, stride {geometry.stride}, padding {geometry.padding} and dilation "
             f"{geometry.dilation}"
         )
-    x, values, _ = _cast(x, values, None)
+    x, values, _ = layout.cast(x, values, None)
     channels = index.cols * geometry.groups // (geometry.kernel[0] * geometry.kernel[1])
     shape = [x.shape[0], channels, *size]
     y: Tensor = _conv_input_gradient(x.contiguous(), values, geometry.ints, shape, keep, *index)
     return y
 
 
-def _cast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in the type that autocast asks for; without it they must agree already."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, values.dtype):
-        dtype = torch.get_autocast_dtype(kind)
-        return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype != values.dtype or (bias is not None and bias.dtype != values.dtype):
-        also = "" if bias is None else f" and bias {bias.dtype}"
-        raise ValueError(f"the input is {x.dtype}, the sparse weight {values.dtype}{also}: convert them to one type")
-    return x, values, bias
+def sampled(operands: activations.Operands, index: Index | UnitIndex) -> Tensor:
+    """The gradient of a weight at the entries of `index`, from what one product left behind.
 
+    Returns:
+        (nnz,), or (units, inputs, outputs) at the units of a `UnitIndex`, which need not be those of the product.
 
-def _flat(x: Tensor) -> Tensor:
-    """(batch, features), with one of both strides 1."""
-    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
-
-
-def _whole(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
-
-
-def _kernels(*tensors: Tensor) -> ModuleType:
-    return native if native.runs_on(*tensors) else reference
-
-
-def _is_feature_major(x: Tensor) -> bool:
-    return x.t().is_contiguous() and not x.is_contiguous()
-
-
-def _empty(x: Tensor, features: int, feature_major: bool) -> Tensor:
-    batch = x.shape[0]
-    return x.new_empty(features, batch).t() if feature_major else x.new_empty(batch, features)
-
-
-def sampled(operands: activations.Operands, index: Index) -> Tensor:
-    """The gradient of a weight at the entries of `index`, (nnz,), from what one product left behind."""
+    Raises:
+        ValueError: for units of a convolution, which has no kernels for them.
+    """
     x, dy, geometry = operands
-    if geometry is None:
-        found: Tensor = _sddmm(x, dy, index.nnz, 0, *index)
+    if isinstance(index, UnitIndex):
+        if geometry is not None:
+            raise ValueError(f"units of {index.outputs} x {index.inputs} have no kernels for convolutions")
+        found: Tensor = unit_ops.unit_sddmm(x, dy, index.units, 0, *index)
+    elif geometry is None:
+        found = _sddmm(x, dy, index.nnz, 0, *index)
     else:
         found = _conv_value_gradient(x, dy, geometry.ints, index.nnz, 0, *index)
     return found
@@ -187,8 +172,10 @@ def _spmm(
 ) -> Tensor:
     """x (batch, cols) W^T + bias, or x (batch, rows) W + bias; `feature_major` is the layout of the output."""
     index = Index(*at)
-    out = _empty(x, index.cols if transposed else index.rows, feature_major)
-    _kernels(x, values, index.starts).spmm(_flat(x), values.contiguous(), _whole(bias), index, transposed, out)
+    out = layout.empty(x, index.cols if transposed else index.rows, feature_major)
+    layout.kernels(x, values, index.starts).spmm(
+        layout.flat(x), values.contiguous(), layout.whole(bias), index, transposed, out
+    )
     return out
 
 
@@ -197,7 +184,7 @@ def _(
     x: Tensor, values: Tensor, bias: Tensor | None, transposed: bool, feature_major: bool, keep: int, *at: Tensor
 ) -> Tensor:
     index = Index(*at)
-    return _empty(x, index.cols if transposed else index.rows, feature_major)
+    return layout.empty(x, index.cols if transposed else index.rows, feature_major)
 
 
 def _spmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,10 +196,10 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, *at = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dx = dvalues = None
-    dy = _flat(grad)
+    dy = layout.flat(grad)
     if need_x:
         # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
-        dx = _spmm(dy, values, None, not ctx.transposed, _is_feature_major(x), ctx.keep, *at)
+        dx = _spmm(dy, values, None, not ctx.transposed, layout.is_feature_major(x), ctx.keep, *at)
     if need_values:
         inner, outer = (dy, x) if ctx.transposed else (x, dy)
         dvalues = _sddmm(inner, outer, values.shape[0], ctx.keep, *at)
@@ -228,7 +215,7 @@ def _sddmm(x: Tensor, dy: Tensor, capacity: int, keep: int, *at: Tensor) -> Tens
     index = Index(*at)
     out = x.new_empty(capacity)
     out[index.nnz :] = 0
-    _kernels(x, dy, index.starts).sddmm(_flat(x), _flat(dy), index, out)
+    layout.kernels(x, dy, index.starts).sddmm(layout.flat(x), layout.flat(dy), index, out)
     activations.keep(keep, x, dy)
     return out
 
@@ -245,8 +232,8 @@ def _sddmm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, dy, *at = ctx.saved_tensors
-    dx = _spmm(dy, grad, None, True, _is_feature_major(x), 0, *at) if ctx.needs_input_grad[0] else None
-    ddy = _spmm(x, grad, None, False, _is_feature_major(dy), 0, *at) if ctx.needs_input_grad[1] else None
+    dx = _spmm(dy, grad, None, True, layout.is_feature_major(x), 0, *at) if ctx.needs_input_grad[0] else None
+    ddy = _spmm(x, grad, None, False, layout.is_feature_major(dy), 0, *at) if ctx.needs_input_grad[1] else None
     return dx, ddy, *[None] * 7
 
 
@@ -258,7 +245,9 @@ def _conv(x: Tensor, values: Tensor, bias: Tensor | None, geometry: list[int], k
     """The convolution of x (N, C, H, W), contiguous: (N, O, HO, WO)."""
     index, shape = Index(*at), Geometry.from_ints(geometry)
     out = x.new_empty(x.shape[0], index.rows, *shape.output(x.shape[2], x.shape[3]))
-    _kernels(x, values, index.starts).conv(x.contiguous(), values.contiguous(), _whole(bias), index, shape, out)
+    layout.kernels(x, values, index.starts).conv(
+        x.contiguous(), values.contiguous(), layout.whole(bias), index, shape, out
+    )
     return out
 
 
@@ -290,7 +279,7 @@ def _conv_input_gradient(
 ) -> Tensor:
     """The gradient of the input, of `shape` (N, C, H, W), from dy (N, O, HO, WO), contiguous."""
     index, out = Index(*at), dy.new_empty(shape)
-    found = _kernels(dy, values, index.starts)
+    found = layout.kernels(dy, values, index.starts)
     found.conv_input_gradient(dy.contiguous(), values.contiguous(), index, Geometry.from_ints(geometry), out)
     return out
 
@@ -323,7 +312,7 @@ def _conv_value_gradient(x: Tensor, dy: Tensor, geometry: list[int], capacity: i
     index, shape = Index(*at), Geometry.from_ints(geometry)
     out = x.new_empty(capacity)
     out[index.nnz :] = 0
-    _kernels(x, dy, index.starts).conv_value_gradient(x.contiguous(), dy.contiguous(), index, shape, out)
+    layout.kernels(x, dy, index.starts).conv_value_gradient(x.contiguous(), dy.contiguous(), index, shape, out)
     activations.keep(keep, x, dy, shape)
     return out
 

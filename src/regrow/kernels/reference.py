@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from regrow.kernels.geometry import Geometry
 from regrow.kernels.index import Index
+from regrow.kernels.units import UnitIndex
 
 _CHUNK = 1 << 22
 """Products held at once."""
@@ -42,6 +43,29 @@ def sddmm(x: Tensor, dy: Tensor, index: Index, out: Tensor) -> None:
     rows, x_t, dy_t = _rows(index), _wide(x).t(), _wide(dy).t()
     for part in _parts(index.nnz, x.shape[0]):
         out[part] = (dy_t[rows[part].long()] * x_t[index.columns[part].long()]).sum(1).to(out.dtype)
+
+
+def unit_spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, transposed: bool, out: Tensor) -> None:
+    """As `spmm`, of values (units or more, inputs, outputs), for units of any size."""
+    into, of = (index.columns, _rows(index)) if transposed else (_rows(index), index.columns)
+    size_into, size_of = (index.inputs, index.outputs) if transposed else (index.outputs, index.inputs)
+    features = _by_units(x, size_of)
+    wide = _wide(values if transposed else values.transpose(1, 2))
+    total = features.new_zeros(out.shape[1] // size_into, size_into, x.shape[0])
+    for part in _parts(index.units, x.shape[0] * index.inputs * index.outputs):
+        total.index_add_(0, into[part], _multiply(wide[part], features[of[part].long()]))
+    y = total.flatten(0, 1)
+    y = y if bias is None else y + _wide(bias)[:, None]
+    out.copy_(y.t())
+
+
+def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
+    """out[j, k, g] = sum_b dy[b, row(j) + g] x[b, column(j) + k], j below the number of units."""
+    rows, columns = _rows(index), index.columns
+    x_t, dy_t = _by_units(x, index.inputs), _by_units(dy, index.outputs)
+    for part in _parts(index.units, x.shape[0] * index.inputs * index.outputs):
+        found = _multiply(x_t[columns[part].long()], dy_t[rows[part].long()].transpose(1, 2))
+        out[part] = found.to(out.dtype)
 
 
 def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, out: Tensor) -> None:
@@ -87,10 +111,22 @@ def _grouped(index: Index, geometry: Geometry, channels: int) -> Index:
     return index._replace(columns=columns, t_starts=columns.new_empty(cols + 1))
 
 
-def _rows(index: Index) -> Tensor:
-    """(nnz,) the row of each value."""
-    rows = torch.arange(index.rows, dtype=index.columns.dtype, device=index.columns.device)
-    return rows.repeat_interleave(index.starts.diff(), output_size=index.nnz)
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    # Autocast is still on within an operator, and would round the operands of a matrix product.
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def _by_units(x: Tensor, size: int) -> Tensor:
+    """(features / size, size, batch): the activations x (batch, features) that a unit meets."""
+    return _wide(x).t().reshape(x.shape[1] // size, size, x.shape[0])
+
+
+def _rows(index: Index | UnitIndex) -> Tensor:
+    """The row of each column of the index: of each entry, or of each unit counted in units."""
+    columns, starts = index.columns, index.starts
+    rows = torch.arange(starts.numel() - 1, dtype=columns.dtype, device=columns.device)
+    return rows.repeat_interleave(starts.diff(), output_size=columns.numel())
 
 
 def _parts(nnz: int, batch: int) -> list[slice]:

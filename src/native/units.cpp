@@ -1,0 +1,52 @@
+// Compiled once per instruction set, as kernels.cpp is, and beside it because it takes as long.
+#include "units.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+
+namespace regrow {
+namespace REGROW_ISA {
+namespace {
+
+// The kernels walk from start to start: a last one beyond the columns would lead them out of the memory of both.
+const Int* checked(Address address, Int rows, Int count) {
+    const Int* starts = at<const Int>(address);
+    if (starts[0] != 0 || starts[rows] != count) {
+        throw std::invalid_argument("starts must run from 0 to the number of columns, " + std::to_string(count) + ", and run from " +
+                                    std::to_string(starts[0]) + " to " + std::to_string(starts[rows]));
+    }
+    return starts;
+}
+
+}  // namespace
+
+void run_unit_spmm(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, bool transposed,
+                   Int batch, Address starts, Address columns, Address values, Address x, Int x_batch, Int x_feature, Address bias,
+                   Address y, Int y_batch, Int y_feature) {
+    const Int* begin = checked(starts, rows, count);
+    with_types(dtype, index64, [&](auto t, auto i) {
+        using T = decltype(t);
+        using I = decltype(i);
+        const units::Weight<const T, I> w{rows, cols, outputs, inputs, begin, at<const I>(columns), at<const T>(values)};
+        units::spmm(threads, w, transposed, batch, Activations<const T>{at<const T>(x), x_batch, x_feature}, at<const T>(bias),
+                    Activations<T>{at<T>(y), y_batch, y_feature});
+    });
+}
+
+void run_unit_sddmm(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, Int batch,
+                    Address starts, Address columns, Address x, Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature,
+                    Address dvalues) {
+    const Int* begin = checked(starts, rows, count);
+    with_types(dtype, index64, [&](auto t, auto i) {
+        using T = decltype(t);
+        using I = decltype(i);
+        const units::Weight<T, I> w{rows, cols, outputs, inputs, begin, at<const I>(columns), at<T>(dvalues)};
+        units::sddmm(threads, w, batch, Activations<const T>{at<const T>(x), x_batch, x_feature},
+                     Activations<const T>{at<const T>(dy), dy_batch, dy_feature});
+    });
+}
+
+}  // namespace REGROW_ISA
+}  // namespace regrow
