@@ -100,7 +100,7 @@ def _draft(found: Found, optimizer: Optimizer, storage: Storage, memory: Memory)
 def dense_reasons(method: Method, source: Source) -> list[str]:
     """What makes compressed storage as large as dense with `method`, as ends of a sentence about it."""
     reasons = [reason for need, reason in _DENSE_NEEDS.items() if need in method.needs]
-    if method.latent is not None:
+    if method.latent is not None and not reasons:
         reasons.append("computes weights from values that it trains at every position")
     if isinstance(source, FirstStep):
         reasons.append("starts from a dense model's gradient, unless batches= and loss= are given")

@@ -182,6 +182,7 @@ class Stepper:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.keeps = None
 
     def resume(self, number: int, updates: int, started: bool, seed: int) -> None:
         """Go on between two steps where another run stopped; topologies and state are already those of that run."""
