@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from regrow.kernels import native, reference
 
@@ -51,3 +53,8 @@ def empty(x: Tensor, features: int, feature_major: bool) -> Tensor:
     """(batch of x, features), not initialized."""
     batch = x.shape[0]
     return x.new_empty(features, batch).t() if feature_major else x.new_empty(batch, features)
+
+
+def operator(index: str, name: str, arguments: str) -> Callable[[Callable[..., object]], CustomOpDef]:
+    """What declares the torch operator `name` of `arguments` and, after them, the fields of an `index`, as schemas."""
+    return torch.library.custom_op(f"regrow::{name}", mutates_args=(), schema=f"({arguments}, {index}) -> Tensor")

@@ -7,12 +7,11 @@ derivatives of any order exist. Every operator has a shape rule, so `torch.compi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 
 from regrow.core.topology import Topology
 from regrow.kernels import activations, layout, unit_ops
@@ -160,10 +159,8 @@ def sampled(operands: activations.Operands, index: Index | UnitIndex) -> Tensor:
 _INDEX = ", ".join(f"Tensor {field}" for field in Index._fields)
 
 
-def _operator(name: str, arguments: str) -> Callable[[Callable[..., object]], CustomOpDef]:
-    """What declares a torch operator of `arguments` and, after them, the tensors of an index."""
-    # Not one `Tensor[]`: torch flattens lists in Python at every call, a quarter of the time of a small layer's step.
-    return torch.library.custom_op(f"regrow::{name}", mutates_args=(), schema=f"({arguments}, {_INDEX}) -> Tensor")
+# Not one `Tensor[]`: torch flattens lists in Python at every call, a quarter of the time of a small layer's step.
+_operator = partial(layout.operator, _INDEX)
 
 
 @_operator("spmm", "Tensor x, Tensor values, Tensor? bias, bool transposed, bool feature_major, SymInt keep")

@@ -7,12 +7,11 @@ nobody.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 
 from regrow.kernels import activations, layout
 from regrow.kernels.units import UnitIndex
@@ -20,9 +19,7 @@ from regrow.kernels.units import UnitIndex
 _INDEX = "Tensor starts, Tensor columns, SymInt cols, SymInt outputs, SymInt inputs"
 
 
-def _operator(name: str, arguments: str) -> Callable[[Callable[..., object]], CustomOpDef]:
-    """What declares a torch operator of `arguments` and, after them, an index of units."""
-    return torch.library.custom_op(f"regrow::{name}", mutates_args=(), schema=f"({arguments}, {_INDEX}) -> Tensor")
+_operator = partial(layout.operator, _INDEX)
 
 
 @_operator("unit_spmm", "Tensor x, Tensor values, Tensor? bias, bool transposed, bool feature_major, SymInt keep")
