@@ -22,29 +22,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regrow import Topology, kernels
-from regrow.kernels import Unit, UnitIndex, unit_index
+from regrow.kernels import UnitIndex, unit_index
 
 
 class UnitLinear(nn.Module):
     """y = x W^T, with a share of the units of W active, at random places."""
 
-    def __init__(self, unit: Unit, density: float) -> None:
+    def __init__(self, unit: tuple[int, int], density: float) -> None:
         super().__init__()
-        grid = unit.grid(SIZE, SIZE)
-        count = grid[0] * grid[1]
-        active = torch.randperm(count)[: round(density * count)].sort().values
-        self.index: UnitIndex = unit_index(Topology(grid, active), unit)
-        self.weight = nn.Parameter(torch.randn(len(active), unit.inputs, unit.outputs) / (density * SIZE) ** 0.5)
+        whole = Topology((SIZE, SIZE), unit=unit)
+        active = torch.randperm(whole.places)[: round(density * whole.places)].sort().values
+        self.index: UnitIndex = unit_index(whole.at(active))
+        self.weight = nn.Parameter(torch.randn(len(active), *reversed(unit)) / (density * SIZE) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs."""
         return kernels.linear(x, self.weight, None, self.index)
 
 
-def parse(units: str) -> dict[str, Unit]:
+def parse(units: str) -> dict[str, tuple[int, int]]:
     """Units by name, from "8x1,16x16"."""
     pairs = [unit.split("x") for unit in units.split(",")]
-    return {f"{g} x {k}": Unit(int(g), int(k)) for g, k in pairs}
+    return {f"{g} x {k}": (int(g), int(k)) for g, k in pairs}
 
 
 @click.command(help=__doc__)

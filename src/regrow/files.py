@@ -77,11 +77,13 @@ def save(sparsifier: Sparsifier, path: str | Path) -> None:
     weights: dict[str, dict[str, Any]] = {}
     for name, parameter, saved in _weights(sparsifier, held):
         topology = saved.topology
-        fits = topology.numel <= torch.iinfo(torch.int32).max
+        fits = topology.places <= torch.iinfo(torch.int32).max
         tensors[f"values:{name}"] = saved.values.cpu().contiguous()
         if not topology.is_dense:
             tensors[f"positions:{name}"] = topology.indices.cpu().to(torch.int32 if fits else torch.int64)
         weights[name] = {"shape": list(topology.shape), "parameter": parameter}
+        if not topology.is_unstructured:
+            weights[name]["unit"] = list(topology.unit)
     sparse = {_memory(held.tensors[w["parameter"]]) for w in weights.values()}
     aliases, first = _aliases(held.tensors)
     for name in first:
@@ -232,7 +234,8 @@ def _shapes(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
 
 def _topology(name: str, weight: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Topology:
     positions = tensors.get(f"positions:{name}")
-    topology = Topology(_shape(weight), None if positions is None else positions.long())
+    unit = tuple(int(n) for n in weight["unit"]) if "unit" in weight else None
+    topology = Topology(_shape(weight), None if positions is None else positions.long(), unit)
     if tensors[f"values:{name}"].shape != (topology.nnz,):
         raise ValueError(f"{tuple(tensors[f'values:{name}'].shape)} values for {topology.nnz} positions")
     return topology
@@ -274,6 +277,12 @@ def _require_fit(path: Path, found: Mapping[str, Saved], held: Held) -> None:
                 f"{name} lies on the meta device, which has no memory for values: build the model on a real device, or "
                 'make it sparse first, by regrow.sparsify with storage="compressed"'
             )
+        if name in held.sparse and topology.unit != (own := held.sparse[name][0].topology(held.sparse[name][1])).unit:
+            raise ValueError(
+                f"{path} has {name} in units of {' x '.join(map(str, topology.unit))} entries, and the model's sparse "
+                f"module in units of {' x '.join(map(str, own.unit))}: make it with the same structure=, or load into "
+                "a dense model"
+            )
         if name in held.sparse and topology.nnz > tensor.numel():
             raise ValueError(
                 f"{path} has {topology.nnz:,} active entries in {name}, and the model's sparse module has room for "
@@ -291,11 +300,11 @@ def _put(saved: Saved, name: str, held: Held) -> None:
         module.rewire(own, topology)
         tensor[: topology.nnz] = values.to(tensor)
         tensor[topology.nnz :] = 0
-    elif topology.is_dense:
+    elif topology.is_dense and topology.is_unstructured:
         tensor.copy_(values.view(topology.shape))
     else:
         full = values.new_zeros(topology.numel)
-        full[topology.indices] = values
+        full[topology.entries] = values
         tensor.copy_(full.view(topology.shape))
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regrow.kernels import Unit
+from support.units import Unit
 
 installed: Any = pytest.importorskip("regrow.kernels._native", reason="built without the compiled kernels")
 

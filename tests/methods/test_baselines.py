@@ -10,20 +10,22 @@ from regrow.methods import BY_NAME
 from support.cases import EXPLICIT, Changes, cases, require_predicted_difference
 from support.paper import History, actual, assert_same, counts_of, history, library, start
 
-PAPERS: dict[str, dict[str, Any]] = {"dense": {}, "static": {"allocate": "erk"}}
+PAPERS: dict[str, dict[str, Any]] = {"dense": {}, "static": {"allocate": "erk", "structure": None}}
 SHORT: dict[str, dict[str, Any]] = {"dense": {}, "static": {"density": 0.3}}
 CASES: dict[str, dict[str, Changes]] = {
     "dense": {},
     "static": {
         "density": [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT}, 0)],
         "allocate": [({"allocate": "uniform"}, 0)],
+        "structure": [({"structure": s}, 0) for s in ("threes", "tiles", "rows")],
     },
 }
 
 
 def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
     o = PAPERS[name] | options
-    run = start(kind, seed, None if name == "dense" else lambda run: counts_of(run, o))
+    counts = None if name == "dense" else lambda run: counts_of(run, o)
+    run = start(kind, seed, counts, structure=o.get("structure"))
     return history(run, kind, lambda step: False, lambda run, g: None, "after")
 
 

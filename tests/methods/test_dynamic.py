@@ -76,6 +76,11 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
         for g in GROWTHS
     ),
     ("itop_rigl", {"allocate": "uniform", "begin": 1, "interval": 2}),
+    *((name, {"structure": "threes", "density": 0.5}) for name in PAPERS),
+    ("rigl", {"structure": "tiles", "density": 0.6, "fraction": 0.7, "regrow_dropped": "reset"}),
+    ("set", {"structure": "threes", "density": 0.6, "fraction": 0.7, "regrow_dropped": "forbid"}),
+    ("snfs", {"structure": "threes", "drop": "global", "redistribute": "survivors"}),
+    ("dst", {"structure": "rows", "density": 0.7, "drop": "taylor", "grow": "mixed", "allocate": "uniform"}),
 ]
 
 
@@ -112,6 +117,7 @@ def shared(name: str) -> dict[str, Changes]:
         "decay": [({"decay": d}, 3, mean) for d in (0.0, 0.5)],
         "allocate": [({"allocate": a}, 0) for a in ("uniform", "er", "erk") if a != own["allocate"]],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "reset"}, 6, MANY)],
+        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
     }
 
 

@@ -41,14 +41,15 @@ from support.paper import (
     share_out,
     start,
     top,
+    units_of,
 )
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "snip_it": {"rounds": 5, "allocate": "globally"},
+    "snip_it": {"rounds": 5, "allocate": "globally", "structure": None},
     "snap_it": {"rounds": 5, "prune_last": False},
-    "grasp": {"allocate": "globally"},
-    "synflow": {"rounds": 100, "allocate": "globally"},
-    "force": {"rounds": 20, "allocate": "globally"},
+    "grasp": {"allocate": "globally", "structure": None},
+    "synflow": {"rounds": 100, "allocate": "globally", "structure": None},
+    "force": {"rounds": 20, "allocate": "globally", "structure": None},
 }
 
 SHORT: dict[str, dict[str, Any]] = {
@@ -59,12 +60,13 @@ SHORT: dict[str, dict[str, Any]] = {
     "force": {"density": 0.3, "rounds": 3},
 }
 
+STRUCTURE: Changes = [({"structure": s}, 0) for s in ("threes", "tiles", "rows")]
 ALLOCATE: Changes = [({"allocate": "uniform"}, 0), ({"allocate": "erk"}, 0)]
 DENSITY: Changes = [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT, "rounds": 1}, 0)]
 ROUNDS: Changes = [({"rounds": 1}, 0), ({"rounds": 2}, 0), ({"rounds": 7}, 0)]
 
 CASES: dict[str, dict[str, Changes]] = {
-    "snip_it": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE},
+    "snip_it": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE, "structure": STRUCTURE},
     "snap_it": {
         "density": [({"density": 0.45}, 0)],
         "rounds": [({"rounds": 1}, 0), ({"rounds": 2}, 0), ({"rounds": 7}, 0, {"density": 0.5})],
@@ -73,9 +75,10 @@ CASES: dict[str, dict[str, Changes]] = {
     "grasp": {
         "density": [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT}, 0)],
         "allocate": ALLOCATE,
+        "structure": STRUCTURE,
     },
-    "synflow": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE},
-    "force": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE},
+    "synflow": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE, "structure": STRUCTURE},
+    "force": {"density": DENSITY, "rounds": ROUNDS, "allocate": ALLOCATE, "structure": STRUCTURE},
 }
 
 
@@ -140,8 +143,12 @@ class Net:
         return int(np.floor(density * sum(w.size for w in self.w.values()) + 0.5))
 
 
-def select(net: Net, score: Arrays, among: Arrays, total: int | None, allocate: Any) -> Arrays:
+def select(
+    net: Net, score: Arrays, among: Arrays, total: int | None, allocate: Any, structure: str | None = None
+) -> Arrays:
     """Masks of the highest scores, over all weights or within the counts of shapes."""
+    if structure is not None:
+        return select_units(net, score, among, total, allocate, structure)
     names, at = list(score), {n: np.flatnonzero(m) for n, m in among.items()}
     if isinstance(allocate, dict):
         counts = [int(allocate[n] * net.w[n].size + 0.5) for n in names]
@@ -158,6 +165,21 @@ def select(net: Net, score: Arrays, among: Arrays, total: int | None, allocate: 
     return found
 
 
+def select_units(net: Net, score: Arrays, among: Arrays, total: int | None, allocate: str, structure: str) -> Arrays:
+    """The same of whole units by their mean score: one ranking, of which those stay whose entries come nearest."""
+    assert allocate == "globally" and total is not None
+    of = {n: units_of(net.shapes[n], structure) for n in score}
+    ranked = [
+        (-score[n][of[n] == u].mean(), place, u, of[n].size / (of[n].max() + 1))
+        for place, n in enumerate(score)
+        for u in np.unique(of[n][among[n]])
+    ]
+    ranked.sort()
+    stay = int(np.abs(np.cumsum([0, *(size for *_, size in ranked)]) - total).argmin())
+    best = {(place, u) for _, place, u, _ in ranked[:stay]}
+    return {n: np.array([(place, u) in best for u in of[n]]) for place, n in enumerate(score)}
+
+
 def steps(density: float | None, rounds: int) -> list[float | None]:
     return [density] if density is None else [density ** (k / rounds) for k in range(1, rounds + 1)]
 
@@ -171,16 +193,17 @@ def everywhere(net: Net) -> Arrays:
 
 
 def iterative(
-    net: Net, density: float | None, rounds: int, allocate: Any, score: Callable[[Arrays], Arrays], back: bool
+    net: Net, density: float | None, o: dict[str, Any], score: Callable[[Arrays], Arrays], back: bool
 ) -> Arrays:
     mask = everywhere(net)
-    for d in steps(density, rounds):
+    for d in steps(density, o.get("rounds", 1)):
         mask = select(
             net,
             score(masked(net, mask)),
             everywhere(net) if back else mask,
             None if d is None else net.total(d),
-            allocate,
+            o["allocate"],
+            o["structure"],
         )
     return mask
 
@@ -226,7 +249,7 @@ def paper(name: str, options: dict[str, Any], net: Net) -> Arrays:
         return {n: np.abs(values[n]) * f for n, f in net.flow(values).items()}
 
     score = {"grasp": grasp, "synflow": synflow}.get(name, sensitivity)
-    return iterative(net, o["density"], o.get("rounds", 1), o["allocate"], score, back=name == "force")
+    return iterative(net, o["density"], o, score, back=name == "force")
 
 
 def first(kind: str, seed: int) -> list[Batch]:

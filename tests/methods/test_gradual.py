@@ -61,8 +61,9 @@ PAPERS: dict[str, dict[str, Any]] = {
         "last_layer": None,
         "regrow_dropped": "keep",
         "timing": "after",
+        "structure": None,
     },
-    "ac_dc": {"begin": None, "phase": None, "allocate": "globally", "timing": "after"},
+    "ac_dc": {"begin": None, "phase": None, "allocate": "globally", "timing": "after", "structure": None},
 }
 PAPERS["granet_uniform"] = PAPERS["granet"] | {"allocate": "uniform", "last_density": 0.2}
 PAPERS["gmp"] = PAPERS["granet"] | {"init_density": 1.0, "fraction": None, "allocate": "uniform"}
@@ -94,7 +95,7 @@ def granet_run(o: dict[str, Any], kind: str, seed: int) -> History:
         if run.step <= end:
             left = 1 - progress(o | {"until": end}, run.step)
             density = o["density"] + (o["init_density"] - o["density"]) * left**3
-            total = min(total_of(run, density), sum(int(m.sum()) for m in run.mask.values()))
+            total = min(total_of(run, density), run.nnz())
             keep_largest(run, with_last(run, o["allocate"], total, o["last_layer"], o["last_density"]))
         if regular(o, run.step) and o["fraction"] is not None:
             drop_and_grow(o, watch)(run, g)
@@ -102,7 +103,7 @@ def granet_run(o: dict[str, Any], kind: str, seed: int) -> History:
     def counts(run: Program) -> list[int]:
         return with_last(run, o["init_allocate"], total_of(run, o["init_density"]), o["last_layer"], o["last_density"])
 
-    run = start(kind, seed, None if o["init_density"] == 1 else counts, o["regrow_dropped"])
+    run = start(kind, seed, None if o["init_density"] == 1 else counts, o["regrow_dropped"], o["structure"])
     return history(run, kind, lambda step: regular(o, step) or step == end, update, o["timing"], watch)
 
 
@@ -121,7 +122,8 @@ def ac_dc_run(o: dict[str, Any], kind: str, seed: int) -> History:
         else:
             run.mask = {n: np.ones_like(m) for n, m in run.mask.items()}
 
-    return history(start(kind, seed), kind, switches.__contains__, update, o["timing"])
+    run = start(kind, seed, structure=o["structure"])
+    return history(run, kind, switches.__contains__, update, o["timing"])
 
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
@@ -150,6 +152,9 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("gmp_uniform", {"last_density": None}),
     ("ac_dc", {}),
     ("ac_dc", {"begin": 1, "phase": 3, "allocate": "uniform", "until": 15}),
+    *((name, {"structure": "threes"}) for name in ("granet", "granet_uniform", "gmp", "gmp_uniform", "ac_dc")),
+    ("gmp", {"structure": "rows", "allocate": "globally", "density": 0.5}),
+    ("granet", {"structure": "tiles", "init_density": 1.0, "allocate": "layer_adaptive", "density": 0.4}),
     ("ac_dc", {"begin": 3, "phase": 1, "timing": "instead", "density": 0.1}),
 ]
 
@@ -164,12 +169,14 @@ def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: st
 
 
 TIMES: dict[str, Changes] = {
+    "structure": [({"structure": "threes"}, 3), ({"structure": "tiles"}, 3)],
     "interval": [({"interval": 4}, 3), ({"interval": 2}, 2)],
     "begin": [({"begin": 1}, 1), ({"begin": 5}, 3)],
     "timing": [({"timing": "instead"}, 3)],
     "density": [({"density": 0.2}, 3)],
 }
 GRANET: dict[str, Changes] = TIMES | {
+    "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
     "until": [({"until": 13}, 3), ({"until": 12}, 12, {"prune_until": 7, "anneal": "constant"})],
     "prune_until": [({"prune_until": 15}, 3), ({"prune_until": 6}, 3)],
     "init_density": [({"init_density": 0.6}, 0), ({"init_density": 1.0}, 0)],
@@ -222,6 +229,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "until": [({"until": 11}, 11), ({"until": 15}, 12)],
         "begin": [({"begin": 3}, 3), ({"begin": 5}, 4)],
         "phase": [({"phase": 3}, 4), ({"phase": None}, 2)],
+        "structure": [({"structure": "threes"}, 4), ({"structure": "tiles"}, 4)],
         "allocate": [({"allocate": "uniform"}, 4), ({"allocate": "erk"}, 4)],
         "timing": [({"timing": "instead"}, 4)],
     },

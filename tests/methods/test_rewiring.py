@@ -74,6 +74,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "allocate": "uniform",
         "regrow_dropped": "reset",
         "timing": "after",
+        "structure": None,
     },
     "mest": {
         "begin": None,
@@ -88,6 +89,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "allocate": "uniform",
         "regrow_dropped": "reset",
         "timing": "after",
+        "structure": None,
     },
     "deep_r": {
         "l1": 5e-6,
@@ -109,6 +111,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "allocate": "er",
         "regrow_dropped": "forbid",
         "timing": "after",
+        "structure": None,
     },
 }
 
@@ -130,8 +133,9 @@ def dsr(run: Program, o: Options, watch: Watch) -> Train:
         for n in run.sparse:
             active = run.active(n)
             wanted += floor(o["fraction"] * active.size)
-            stays = active[np.abs(run.w[n][active]) > threshold[0]]
-            kept[n] = only(run, n, stays if stays.size else top(np.abs(run.w[n]), 1, active))
+            score = run.pooled(n, np.abs(run.w[n]))
+            stays = active[score[active] > threshold[0]]
+            kept[n] = only(run, n, stays if stays.size else top(score, 1, active))
         lost = sum(int(run.mask[n].sum() - kept[n].sum()) for n in run.sparse)
         low, high = (1 - o["tolerance"]) * wanted, (1 + o["tolerance"]) * wanted
         threshold[0] *= 2 if lost < low else 0.5 if lost > high else 1
@@ -145,7 +149,7 @@ def mest(run: Program, o: Options, watch: Watch) -> Train:
 
     def update(run: Program, g: Arrays) -> None:
         fraction, policy = annealed(o, run.step) if run.step < o["until"] else 0.0, o["regrow_dropped"]
-        score = {n: np.abs(run.w[n]) + o["gradient_weight"] * np.abs(g[n]) for n in run.sparse}
+        score = {n: run.pooled(n, np.abs(run.w[n]) + o["gradient_weight"] * np.abs(g[n])) for n in run.sparse}
         if not o["soft"]:
             return grow(run, g, without_lowest(run, score, fraction, policy), o, watch)
         kept = {n: only(run, n, top(score[n], targets[n], run.active(n))) for n in run.sparse}
@@ -189,7 +193,9 @@ def gse(run: Program, o: Options, watch: Watch) -> Train:
         counts = counts_to_grow(run, kept, o["redistribute"], policy, watch)
 
         def pick(n: str, free: Array, count: int) -> Array:
-            return top(np.abs(g[n]), count, at_random(run)(n, free, min(free.size, max(count, sizes[n]))))
+            return top(
+                run.pooled(n, np.abs(g[n])), count, at_random(run)(n, free, min(free.size, max(count, sizes[n])))
+            )
 
         place(run, kept, policy, counts, pick)
 
@@ -202,13 +208,16 @@ UPDATES = {"dsr": dsr, "mest": mest, "deep_r": deep_r, "gse": gse}
 def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
     o = {"begin": 1, "interval": 1, "regrow_dropped": "reset", "timing": "after", "soft": False}
     o |= PAPERS[name] | options
-    run, watch = start(kind, seed, lambda run: counts_of(run, o), keep=o["regrow_dropped"]), Watch(o["decay"])
+    counts, watch = lambda run: counts_of(run, o), Watch(o["decay"])
+    run = start(kind, seed, counts, keep=o["regrow_dropped"], structure=o.get("structure"))
     due = lambda step: regular(o, step) or (o["soft"] and step == o["until"])  # noqa: E731
     return history(run, kind, due, UPDATES[name](run, o, watch), o["timing"], watch)
 
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("dsr", {}),
+    *((name, {"structure": "threes", "density": 0.5}) for name in ("dsr", "mest", "gse")),
+    ("mest", {"structure": "tiles", "density": 0.5, "soft": True}),
     ("dsr", {"threshold": 0.01, "tolerance": 0.0, "interval": 1}),
     ("dsr", {"threshold": 9.0, "regrow_dropped": "keep"}),
     ("dsr", {"density": 0.8, "threshold": 0.2, "allocate": "erk"}),
@@ -268,6 +277,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 9, MANY)],
+        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
         "timing": [({"timing": "instead"}, 6)],
     },
     "mest": {
@@ -283,6 +293,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 6, MANY)],
+        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
         "timing": [({"timing": "instead"}, 9)],
     },
     "deep_r": {
@@ -307,6 +318,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 3, {"redistribute": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "keep"}, 3), ({"regrow_dropped": "reset"}, 3, MANY)],
+        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
         "timing": [({"timing": "instead"}, 6)],
     },
 }

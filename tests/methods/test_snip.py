@@ -34,19 +34,20 @@ from support.paper import (
     total_of,
 )
 
-PAPERS: dict[str, dict[str, Any]] = {"snip": {"allocate": "globally"}}
+PAPERS: dict[str, dict[str, Any]] = {"snip": {"allocate": "globally", "structure": None}}
 SHORT: dict[str, dict[str, Any]] = {"snip": {"density": 0.3}}
 CASES: dict[str, dict[str, Changes]] = {
     "snip": {
         "density": [({"density": 0.5}, 1), ({"density": None, "allocate": EXPLICIT}, 1)],
         "allocate": [({"allocate": "uniform"}, 1), ({"allocate": "erk"}, 1)],
+        "structure": [({"structure": s}, 1) for s in ("threes", "tiles", "rows")],
     },
 }
 
 
 def by_sensitivity(run: Program, gradients: Arrays, o: dict[str, Any]) -> None:
     """Keep the largest |w g|."""
-    score = {n: np.abs(run.w[n] * gradients[n]) for n in run.sparse}
+    score = {n: run.pooled(n, np.abs(run.w[n] * gradients[n])) for n in run.sparse}
     if isinstance(o["allocate"], dict):
         keep_largest(run, counts_of(run, o), score)
     else:
@@ -54,7 +55,8 @@ def by_sensitivity(run: Program, gradients: Arrays, o: dict[str, Any]) -> None:
 
 
 def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
-    o, run = PAPERS[name] | options, start(kind, seed)
+    o = PAPERS[name] | options
+    run = start(kind, seed, structure=o["structure"])
     return history(run, kind, lambda step: step == 1, lambda run, g: by_sensitivity(run, g, o), "instead")
 
 

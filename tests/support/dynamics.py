@@ -26,7 +26,7 @@ from support.paper import (
     top,
 )
 
-PLAIN: Options = {"drop": "lowest", "redistribute": None, "decay": None}
+PLAIN: Options = {"drop": "lowest", "redistribute": None, "decay": None, "structure": None}
 """What recipes do that say nothing else."""
 
 
@@ -57,11 +57,11 @@ def asked(run: Program, n: str, fraction: float, policy: str) -> int:
 
 
 def magnitudes(run: Program) -> Arrays:
-    return {n: np.abs(run.w[n]) for n in run.sparse}
+    return {n: run.pooled(n, np.abs(run.w[n])) for n in run.sparse}
 
 
 def taylor(run: Program, g: Arrays) -> Arrays:
-    return {n: (run.w[n] * g[n] * run.mask[n]) ** 2 for n in run.sparse}
+    return {n: run.pooled(n, (run.w[n] * g[n] * run.wide(n)) ** 2) for n in run.sparse}
 
 
 def without_lowest(run: Program, score: Arrays, fraction: float, policy: str) -> Arrays:
@@ -83,7 +83,8 @@ def without_lowest_of_each_sign(run: Program, fraction: float) -> Arrays:
 
 def without_lowest_of_all(run: Program, fraction: float, policy: str) -> Arrays:
     """One ranking of all magnitudes, in which each weight keeps its largest."""
-    order = sorted((-abs(run.w[n][i]), place, i) for place, n in enumerate(run.sparse) for i in run.active(n))
+    score = magnitudes(run)
+    order = sorted((-score[n][i], place, i) for place, n in enumerate(run.sparse) for i in run.active(n))
     stays = {min(entry for entry in order if entry[1] == place) for place in range(len(run.sparse))}
     rest = [entry for entry in order if entry not in stays]
     gone = sum(asked(run, n, fraction, policy) for n in run.sparse)
@@ -110,8 +111,8 @@ def at_random(run: Program) -> Pick:
     return lambda n, free, count: free[stream(run, n).subset(free.size, count)]
 
 
-def highest(field: Arrays) -> Pick:
-    return lambda n, free, count: top(np.abs(field[n]), count, free)
+def highest(run: Program, field: Arrays) -> Pick:
+    return lambda n, free, count: top(run.pooled(n, np.abs(field[n])), count, free)
 
 
 def unexplored_first(run: Program, fired: Arrays) -> Pick:
@@ -161,10 +162,10 @@ def per_neuron(run: Program, field: Arrays) -> Pick:
 
 GROWTHS: dict[str, Callable[[Program, Arrays, Watch], Pick]] = {
     "random": lambda run, g, watch: at_random(run),
-    "gradient": lambda run, g, watch: highest(g),
-    "momentum": lambda run, g, watch: highest(watch.ema),
+    "gradient": lambda run, g, watch: highest(run, g),
+    "momentum": lambda run, g, watch: highest(run, watch.ema),
     "unexplored_first": lambda run, g, watch: unexplored_first(run, watch.fired),
-    "mixed": lambda run, g, watch: two_fifths(highest(g), unexplored_first(run, watch.fired)),
+    "mixed": lambda run, g, watch: two_fifths(highest(run, g), unexplored_first(run, watch.fired)),
     "per_neuron": lambda run, g, watch: per_neuron(run, g),
 }
 
@@ -172,9 +173,9 @@ GROWTHS: dict[str, Callable[[Program, Arrays, Watch], Pick]] = {
 # Counts
 
 STATISTICS: dict[str, Callable[[Program, Watch, str, Array], float]] = {
-    "momentum": lambda run, watch, n, kept: float(np.abs(watch.ema[n][run.mask[n]]).mean()),
-    "magnitude": lambda run, watch, n, kept: float(np.abs(run.w[n][run.mask[n]]).mean()),
-    "nonzeros": lambda run, watch, n, kept: float(np.count_nonzero(run.w[n][run.mask[n]])),
+    "momentum": lambda run, watch, n, kept: float(np.abs(watch.ema[n][run.wide(n)]).mean()),
+    "magnitude": lambda run, watch, n, kept: float(np.abs(run.w[n][run.wide(n)]).mean()),
+    "nonzeros": lambda run, watch, n, kept: float(np.count_nonzero(run.w[n][run.wide(n)])),
     "survivors": lambda run, watch, n, kept: float(kept.sum()),
 }
 """A weight's share of what is redistributed, before anything changes."""
@@ -222,5 +223,6 @@ def drop_and_grow(o: Options, watch: Watch) -> Train:
 
 def dynamic_run(o: Options, kind: str, seed: int) -> History:
     """A random start, then drop and grow at every interval."""
-    run, watch = start(kind, seed, lambda run: counts_of(run, o), o["regrow_dropped"]), Watch(o["decay"])
+    run = start(kind, seed, lambda run: counts_of(run, o), o["regrow_dropped"], o["structure"])
+    watch = Watch(o["decay"])
     return history(run, kind, lambda step: regular(o, step), drop_and_grow(o, watch), o["timing"], watch)

@@ -11,6 +11,7 @@ from torch import Tensor
 from regrow.core.draws import Stream
 from regrow.core.method import Regrow, Rule
 from regrow.core.topology import Topology
+from regrow.core.units import Pool, mean
 from regrow.core.weight import SparseWeight, Weights
 
 POLICIES: list[Regrow] = ["keep", "reset", "forbid"]
@@ -35,6 +36,7 @@ class Fake:
         self.dense = values * self.topology.mask.view(-1)
         self.grad = None if grad is None else torch.as_tensor(grad, dtype=torch.float64).reshape(-1)
         self.has_grad = True
+        self.pool: Pool = mean
         self.generator = Stream(0, name, 1)
         self.state: dict[str, Tensor] = {}
         self.rewired = 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -146,13 +148,27 @@ class Run:
 def positions(model: nn.Module) -> dict[str, Tensor]:
     """Flat positions of what is active in each compressed weight, read from its buffers."""
     found = {}
-    for key, starts in model.named_buffers():
-        name, _, field = key.rpartition("_")
-        if field == "starts" and not name.endswith("_t"):
-            columns = model.get_buffer(f"{name}_columns").long()
+    for path, module in model.named_modules():
+        for own, shape in getattr(module, "shapes", {}).items():
+            starts, columns = module.get_buffer(f"{own}_starts"), module.get_buffer(f"{own}_columns").long()
             rows = torch.arange(starts.numel() - 1).repeat_interleave(starts.diff())
-            found[name] = rows * (model.get_buffer(f"{name}_t_starts").numel() - 1) + columns
+            unit = module.get_buffer(f"{own}_unit").tolist() if own in module.units else [1] * len(shape)
+            grid = [-(-size // step) for size, step in zip(shape, unit, strict=True)]
+            found[f"{path}.{own}".removeprefix(".")] = of_units(rows * math.prod(grid[1:]) + columns, shape, unit)
     return found
+
+
+def of_units(units: Tensor, shape: Sequence[int], unit: Sequence[int]) -> Tensor:
+    """Flat positions of the entries of units, one unit after the other, in each the first axis fastest."""
+    along = np.indices(shape).reshape(len(shape), -1)
+    steps = np.array(unit)[:, None]
+    grid = [-(-size // step) for size, step in zip(shape, unit, strict=True)]
+    of = np.ravel_multi_index(list(along // steps), grid)
+    rank = {int(u): i for i, u in enumerate(units)}
+    mine = np.flatnonzero(np.isin(of, units.numpy()))
+    # np.lexsort sorts by its last key first.
+    order = np.lexsort((*along[:, mine], [rank[int(u)] for u in of[mine]]))
+    return torch.from_numpy(mine[order])
 
 
 def held(model: nn.Module, *optimizers: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
@@ -182,7 +198,8 @@ def tensors(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
     for name, kind, tensor in held(model, *optimizers):
         flat = tensor.reshape(-1)
         if name in at and tensor.dim():
-            rows, cols = (model.get_buffer(f"{name}_{k}").numel() - 1 for k in ("starts", "t_starts"))
-            flat = flat.new_zeros(rows * cols).index_put((at[name],), flat[: at[name].numel()])
+            path, _, own = name.rpartition(".")
+            size = math.prod(cast(Any, model.get_submodule(path)).shapes[own])
+            flat = flat.new_zeros(size).index_put((at[name],), flat[: at[name].numel()])
         found[f"{name}:{kind}"] = flat.detach().clone()
     return found

@@ -25,6 +25,7 @@ from regrow.methods import BY_NAME
 from support.loops import loss_of
 
 Array = NDArray[Any]
+Shape = tuple[int, ...]
 Arrays = dict[str, Array]
 Batch = tuple[Tensor, Tensor]
 Options = dict[str, Any]
@@ -49,6 +50,41 @@ SHARES: dict[str, Callable[[tuple[int, ...]], float]] = {
     "er": lambda s: (s[0] + s[1]) / (s[0] * s[1]) * float(np.prod(s)),
     "erk": lambda s: float(sum(s)),
 }
+
+
+BOXES: dict[str | None, Callable[[Shape], Shape]] = {
+    None: lambda s: (1,) * len(s),
+    "threes": lambda s: (3, *(1,) * (len(s) - 1)),
+    "tiles": lambda s: (3, 2, *(1,) * (len(s) - 2)),
+    "rows": lambda s: (1, *s[1:]),
+}
+"""The shape of a weight, outputs first -> how far a unit reaches along each axis.
+
+Not two outputs: the gradients of the last layer's outputs sum to zero, so that half of four would tie with the rest."""
+
+
+def units_of(shape: Shape, structure: str | None) -> Array:
+    """(numel,) the number of the unit that each entry belongs to."""
+    steps = BOXES[structure](shape)
+    grid = [-(-size // step) for size, step in zip(shape, steps, strict=True)]
+    along = [index // step for index, step in zip(np.indices(shape), steps, strict=True)]
+    return np.ravel_multi_index(along, grid).ravel()
+
+
+def in_units(counts: Sequence[int], size: Sequence[int], places: Sequence[int], active: Sequence[int]) -> list[int]:
+    """Units for these counts of entries, in all as near to their sum as whole units come; `size` is of whole weights.
+
+    No more than are active. Each is rounded down, but not to nothing; then those that lost most get one more while
+    that brings the sum nearer.
+
+    """
+    each = np.asarray(size) / np.asarray(places)
+    exact = np.asarray(counts) / each
+    found = np.minimum(np.maximum(np.floor(exact + 1e-9), exact > 0).astype(int), active)
+    for i in np.argsort(np.round(found - exact, 9), kind="stable"):
+        missing = sum(counts) - float((found * each).sum())
+        found[i] += found[i] < active[i] and abs(missing - each[i]) < abs(missing) - 1e-9
+    return found.tolist()
 
 
 def floor(x: float) -> int:
@@ -108,7 +144,10 @@ class Program:
     keep: str = "keep"
     """What becomes of a dropped entry that grows again at once."""
     step: int = 0
+    structure: str | None = None
+    """What is active or inactive together."""
     mask: Arrays = field(init=False)
+    """Which units are active."""
 
     def __post_init__(self) -> None:
         # The library may make the model sparse in place.
@@ -117,13 +156,26 @@ class Program:
         self.w = {n: p.detach().numpy().ravel().copy() for n, p in self.model.named_parameters()}
         self.v = {n: np.zeros_like(w) for n, w in self.w.items()}
         self.sparse = [n for n, shape in self.shapes.items() if len(shape) > 1]
-        self.mask = {n: np.ones(self.w[n].size, bool) for n in self.sparse}
+        self.unit_of = {n: units_of(self.shapes[n], self.structure) for n in self.sparse}
+        self.mask = {n: np.ones(int(of.max()) + 1, bool) for n, of in self.unit_of.items()}
 
     def sizes(self) -> list[int]:
         return [self.w[n].size for n in self.sparse]
 
     def active(self, n: str) -> Array:
         return np.flatnonzero(self.mask[n])
+
+    def wide(self, n: str, units: Array | None = None) -> Array:
+        """A mask of units, the present one unless given, as one of entries."""
+        return (self.mask[n] if units is None else units)[self.unit_of[n]]
+
+    def pooled(self, n: str, score: Array) -> Array:
+        """The mean score of each unit."""
+        of = self.unit_of[n]
+        return score if self.structure is None else np.bincount(of, score) / np.bincount(of)
+
+    def nnz(self) -> int:
+        return sum(int(self.wide(n).sum()) for n in self.sparse)
 
     def gradients(self, batch: Batch) -> Arrays:
         """Of the loss alone with respect to the effective weights, at every position."""
@@ -134,7 +186,7 @@ class Program:
     def descend(self, g: Arrays, lr: float = LR) -> None:
         """A step of SGD with momentum and weight decay, of active entries."""
         for n in self.w:
-            seen = g[n] * self.mask[n] if n in self.mask else g[n]
+            seen = g[n] * self.wide(n) if n in self.mask else g[n]
             self.v[n] = MOMENTUM * self.v[n] + seen + WEIGHT_DECAY * self.w[n]
             self.w[n] = self.w[n] - lr * self.v[n]
 
@@ -142,8 +194,8 @@ class Program:
         """Survivors keep value and momentum, and newcomers start at zero."""
         survives = kept if self.keep == "reset" else self.mask[n]
         self.mask[n] = kept | grown
-        self.w[n] = self.w[n] * (survives & self.mask[n])
-        self.v[n] = self.v[n] * (survives & self.mask[n])
+        self.w[n] = self.w[n] * self.wide(n, survives & self.mask[n])
+        self.v[n] = self.v[n] * self.wide(n, survives & self.mask[n])
 
 
 def stream(run: Program, n: str) -> Stream:
@@ -152,15 +204,21 @@ def stream(run: Program, n: str) -> Stream:
 
 def only(run: Program, n: str, positions: Array) -> Array:
     """A mask of one weight."""
-    return np.isin(np.arange(run.w[n].size), positions)
+    return np.isin(np.arange(run.mask[n].size), positions)
 
 
-def start(kind: str, seed: int, counts: Callable[[Program], list[int]] | None = None, keep: str = "keep") -> Program:
+def start(
+    kind: str,
+    seed: int,
+    counts: Callable[[Program], list[int]] | None = None,
+    keep: str = "keep",
+    structure: str | None = None,
+) -> Program:
     """A network with random topologies of these counts, or a dense one."""
-    run = Program(network(kind, seed), seed, keep)
+    run = Program(network(kind, seed), seed, keep, structure=structure)
     for n, count in zip(run.sparse, counts(run), strict=True) if counts else ():
-        run.mask[n] = only(run, n, stream(run, n).subset(run.w[n].size, count))
-        run.w[n] = run.w[n] * run.mask[n]
+        run.mask[n] = only(run, n, stream(run, n).subset(run.mask[n].size, count))
+        run.w[n] = run.w[n] * run.wide(n)
     return run
 
 
@@ -172,29 +230,32 @@ def total_of(run: Program, density: float) -> int:
 
 
 def counts_of(run: Program, o: Options) -> list[int]:
-    """Entries of each weight, by densities of its own or by a rule."""
+    """Units of each weight, by densities of its own or by a rule."""
     if isinstance(o["allocate"], dict):
-        return [int(o["allocate"][n] * run.w[n].size + 0.5) for n in run.sparse]
+        return [int(o["allocate"][n] * run.mask[n].size + 0.5) for n in run.sparse]
     return shared(run, o["allocate"], total_of(run, o["density"]), run.sparse)
 
 
 def shared(run: Program, allocate: str, total: int, names: Sequence[str], score: Arrays | None = None) -> list[int]:
-    """Entries of `names`, which hold what is active there now, from shapes or from a ranking of all scores.
+    """Units of `names`, which hold what is active there now, from shapes or from a ranking of all scores.
 
     The score is the magnitude unless given.
     """
     active = {n: run.active(n) for n in names}
+    ranked = {n: run.pooled(n, np.abs(run.w[n])) if score is None else score[n] for n in names}
+    each = {n: run.w[n].size / run.mask[n].size for n in names}
     if allocate == "layer_adaptive":
-        allocate, score = (
-            "globally",
-            {n: lamp(np.abs(run.w[n]) if score is None else score[n], active[n]) for n in names},
-        )
+        allocate, ranked = "globally", {n: lamp(ranked[n], active[n]) for n in names}
     if allocate != "globally":
-        capacity = [active[n].size for n in names]
-        return share_out([SHARES[allocate](run.shapes[n]) for n in names], min(total, sum(capacity)), capacity)
-    pooled = np.concatenate([np.abs(run.w[n][active[n]]) if score is None else score[n][active[n]] for n in names])
+        capacity = [int(run.wide(n).sum()) for n in names]
+        entries = share_out([SHARES[allocate](run.shapes[n]) for n in names], min(total, sum(capacity)), capacity)
+        sizes = [[run.w[n].size, run.mask[n].size, active[n].size] for n in names]
+        return in_units(entries, *zip(*sizes, strict=True))
+    together = np.concatenate([ranked[n][active[n]] for n in names])
     owner = np.repeat(names, [active[n].size for n in names])
-    best = owner[np.argsort(-pooled, kind="stable")[:total]]
+    order = np.argsort(-together, kind="stable")
+    reached = np.cumsum([0, *(each[n] for n in owner[order])])
+    best = owner[order[: int(np.abs(reached - total).argmin())]]
     return [int((best == n).sum()) for n in names]
 
 
@@ -212,10 +273,12 @@ def with_last(run: Program, allocate: str, total: int, last: str | None, density
     counts = dict(zip(run.sparse, shared(run, allocate, total, run.sparse), strict=True))
     name = next((n for n in run.sparse if last in (n, n.removesuffix(".weight"))), run.sparse[-1])
     if density is not None:
-        least = min(int(density * run.w[name].size + 0.5), int(run.mask[name].sum()))
+        each = run.w[name].size / run.mask[name].size
+        least = min(int(density * run.mask[name].size + 0.5), int(run.mask[name].sum()))
         if counts[name] < least:
             others = [n for n in run.sparse if n != name]
-            counts = {name: least, **dict(zip(others, shared(run, allocate, total - least, others), strict=True))}
+            left = shared(run, allocate, total - round(least * each), others)
+            counts = {name: least, **dict(zip(others, left, strict=True))}
     return [counts[n] for n in run.sparse]
 
 
@@ -223,9 +286,9 @@ def with_last(run: Program, allocate: str, total: int, last: str | None, density
 
 
 def keep_largest(run: Program, counts: Sequence[int], score: Arrays | None = None) -> None:
-    """Keep these counts of the active entries, by magnitude unless a score is given."""
+    """Keep these counts of the active entries, by magnitude unless a score of units is given."""
     for n, count in zip(run.sparse, counts, strict=True):
-        ranked = np.abs(run.w[n]) if score is None else score[n]
+        ranked = run.pooled(n, np.abs(run.w[n])) if score is None else score[n]
         kept = only(run, n, top(ranked, count, run.active(n)))
         run.change(n, kept, np.zeros_like(kept))
 
@@ -253,7 +316,7 @@ def history(
     run: Program, kind: str, due: Callable[[int], bool], update: Train, timing: str, observe: Train | None = None
 ) -> History:
     """Train with `update(run, gradients)` at the steps that are due, instead of or after the optimizer's step."""
-    kept = [dict(run.mask)]
+    kept = [{n: run.wide(n) for n in run.sparse}]
     for batch in batches(kind, run.seed):
         run.step += 1
         g = run.gradients(batch)
@@ -263,7 +326,7 @@ def history(
             run.descend(g)
         if due(run.step):
             update(run, g)
-        kept.append(dict(run.mask))
+        kept.append({n: run.wide(n) for n in run.sparse})
     return History(kept, {"value": run.w, "momentum": run.v})
 
 
@@ -308,6 +371,7 @@ def assert_same(found: History, wanted: History, rtol: float = 1e-9, atol: float
 
 ALLOCATIONS = {name: getattr(parts, name) for name in ("uniform", "er", "erk", "globally", "layer_adaptive")}
 WORDS: dict[str, Mapping[str, Any]] = {
+    "structure": {"threes": parts.groups(3), "tiles": parts.blocks(3, 2), "rows": parts.rows},
     "anneal": {name: getattr(parts, name) for name in ("constant", "linear", "cosine", "inverse_power")}
     | {"cosine_to_0.005": parts.cosine_to_half_percent},
     "allocate": ALLOCATIONS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from regrow.core.method import Method
 from regrow.parts import (
     adaptive_threshold,
     at_random,
+    blocks,
     by_flops,
     by_gradient,
     by_momentum,
@@ -25,8 +27,10 @@ from regrow.parts import (
     erk,
     globally,
     gradient,
+    groups,
     half_by_gradient,
     highest_per_neuron,
+    largest,
     layer_adaptive,
     linear,
     lowest,
@@ -38,6 +42,7 @@ from regrow.parts import (
     mixed,
     nonzeros,
     random,
+    root_mean_square,
     survivors,
     taylor,
     unexplored_first,
@@ -70,11 +75,17 @@ class Row:
     """Compressed storage takes it (with allow_dense)."""
     dense_state: bool = False
     """Optimizer state lies at inactive positions too, as the method trains values there."""
+    unit: int = 1
+    """How many entries are active or inactive together; their number is the nearest to that of the density."""
     severs: bool = False
     """Whole channels may be cut off, so that nothing reads what their norms add."""
 
     def __call__(self) -> Method:
         return self.make()
+
+    def active(self, density: float, numel: int) -> int:
+        """How many entries of `numel` are active: as whole units come nearest, the fewer of two."""
+        return self.unit * math.ceil(math.floor(density * numel + 0.5) / self.unit - 0.5)
 
 
 def fixed(make: Callable[[], Method]) -> Row:
@@ -82,9 +93,9 @@ def fixed(make: Callable[[], Method]) -> Row:
     return Row(make, conserving=True, own=True, draws=True)
 
 
-def dynamic(make: Callable[[], Method], *, own: bool = True) -> Row:
+def dynamic(make: Callable[[], Method], *, own: bool = True, unit: int = 1, severs: bool = False) -> Row:
     """Entries move at updates, their number stays; also that of each weight unless `own` is False."""
-    return Row(make, conserving=True, own=own, moving=True, draws=True)
+    return Row(make, conserving=True, own=own, moving=True, draws=True, unit=unit, severs=severs)
 
 
 def learned(make: Callable[[], Method], **shows: Any) -> Row:
@@ -262,6 +273,42 @@ METHODS: dict[str, Row] = {
     "synflow": Row(lambda: methods.synflow(DENSITY, rounds=10), conserving=True, own=True, severs=True),
     "force": Row(lambda: methods.force(DENSITY, rounds=4), conserving=True, own=True),
     "force-uniform": Row(lambda: methods.force(DENSITY, allocate=uniform), conserving=True, own=True, severs=True),
+    "static-units": Row(
+        lambda: methods.static(DENSITY, structure=blocks(1, 2)), conserving=True, own=True, draws=True, unit=2
+    ),
+    "rigl-units": dynamic(lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL, structure=groups(2)), unit=2),
+    "set-units": dynamic(
+        lambda: methods.set_(DENSITY, until=UNTIL, interval=INTERVAL, structure=blocks(2, 2, largest)),
+        unit=4,
+        severs=True,
+    ),
+    "snfs-units": dynamic(
+        lambda: methods.snfs(DENSITY, until=UNTIL, interval=INTERVAL, structure=groups(2, root_mean_square)),
+        own=False,
+        unit=2,
+    ),
+    "gse-units": dynamic(
+        lambda: methods.gse(DENSITY, until=UNTIL, interval=INTERVAL, structure=groups(2)), unit=2, severs=True
+    ),
+    "mest-units": Row(
+        lambda: methods.mest(DENSITY, until=UNTIL, interval=5, fraction=0.5, soft=True, structure=groups(2)),
+        falling=False,
+        draws=True,
+        unit=2,
+    ),
+    "granet-units": Row(
+        lambda: methods.granet(DENSITY, until=UNTIL, interval=INTERVAL, structure=groups(2)),
+        moving=True,
+        draws=True,
+        unit=2,
+    ),
+    "gmp-units": Row(
+        lambda: methods.gmp(DENSITY, until=UNTIL, interval=INTERVAL, allocate=globally, structure=blocks(2, 2)), unit=4
+    ),
+    "snip-units": Row(lambda: methods.snip(DENSITY, structure=groups(2)), unit=2, severs=True),
+    "synflow-units": Row(
+        lambda: methods.synflow(DENSITY, rounds=5, structure=groups(2)), conserving=True, own=True, severs=True, unit=2
+    ),
     "dnw": learned(lambda: methods.dnw(DENSITY), conserving=True, own=True),
     "dnw-global": learned(lambda: methods.dnw(DENSITY, allocate=globally), conserving=True),
     "ste": learned(lambda: methods.ste(DENSITY, ramp=UNTIL, allocate=erk), falling=True),

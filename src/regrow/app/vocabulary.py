@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from regrow import methods
 from regrow.app.procedures import Around, around
 from regrow.core.checks import require_density
-from regrow.core.method import Allocation, Drop, Growth, Method, Score, Start, Statistic
+from regrow.core.method import Allocation, Drop, Growth, Method, Score, Start, Statistic, Units
 from regrow.methods.recipe import own_words, recipe
-from regrow.parts import Anneal, allocation, drops, growth, redistribution, schedules, scores, starts
+from regrow.parts import Anneal, allocation, drops, growth, redistribution, schedules, scores, starts, structures
 
 T = TypeVar("T")
 
@@ -261,6 +261,8 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
     for kind, values in tables:
         if hint == kind:
             return partial(_choose, values), " | ".join(values)
+    if hint == Units | None:
+        return parse_units, "groups(G) | blocks(H,W) | rows | none"
     if hint == Allocation:
         return parse_allocation, " | ".join(ALLOCATIONS) + " | GLOB=DENSITY,...[,rest=NAME]"
     if get_origin(hint) is Literal:
@@ -269,6 +271,24 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
         if hint in (kind, kind | None):
             return kind, words
     raise TypeError(f"the command line has no words for options of type {hint}: add them to regrow.app.vocabulary")
+
+
+def parse_units(text: str) -> Units | None:
+    """What is active or inactive together: groups(G), blocks(H,W), rows or none.
+
+    Examples:
+        >>> parse_units("rows") is structures.rows, parse_units("none")
+        (True, None)
+    """
+    named: dict[str, Units | None] = {"rows": structures.rows, "none": None}
+    if text in named:
+        return named[text]
+    match = re.fullmatch(r"(groups)\((\d+)\)|(blocks)\((\d+), ?(\d+)\)", text)
+    if match is None:
+        raise ValueError("there are groups(8), blocks(4,4) and the like, rows and none")
+    if match[1]:
+        return structures.groups(int(match[2]))
+    return structures.blocks(int(match[4]), int(match[5]))
 
 
 def parse_allocation(text: str) -> Allocation:

@@ -8,6 +8,7 @@ are computed where others are trained in their place (`latent`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Literal, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology
+from regrow.core.units import Pool
 from regrow.core.weight import Sized, SparseWeight, Weights
 
 Score = Callable[[SparseWeight], Tensor]
@@ -32,8 +34,10 @@ Drop = Callable[[Sequence[SparseWeight], Sequence[float]], list[Topology]]
 """What stays: (weights, the fraction that each loses) -> the kept topology of each."""
 
 Allocation = Callable[[Sequence[Sized], Sequence[Tensor] | None, int | None], list[int]]
-"""Counts per weight: (weights, their scores or None, total or None) -> counts that sum to the total, or to all that is
-active where that is less. One with a budget of its own, in FLOPs, says what its total means."""
+"""Counts per weight: (weights, their scores or None, total of entries or None) -> units of each.
+
+Their entries sum to the total, as nearly as whole units come, or to all that is active where that is less. One with a
+budget of its own, in FLOPs, says what its total means."""
 
 Statistic = Callable[[SparseWeight, Topology], float]
 """A weight's share of what is redistributed, >= 0: (weight before the drop, what it keeps) -> share."""
@@ -49,6 +53,16 @@ Timing = Literal["instead", "after"]
 
 Regrow = Literal["keep", "reset", "forbid"]
 """What happens to an entry that is dropped and would grow again at once."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is active or inactive together, and how the scores of a unit's entries become one."""
+
+    box: Callable[[Sized], tuple[int, ...]]
+    """How many entries a unit spans along each axis of a weight."""
+    pool: Pool
+    """How the scores of a unit's entries become one."""
 
 
 class Need(Flag):
@@ -172,6 +186,8 @@ class Method(NamedTuple):
     needs: Need = Need.NOTHING
     latent: Latent | None = None
     """How weights are computed from others that are trained; None trains the weights themselves."""
+    units: Units | None = None
+    """What is active or inactive together; None is every entry by itself."""
 
     def due(self, step: int) -> bool:
         """Whether optimizer step `step` (the first is 1) changes topologies."""

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology
+from regrow.core.units import Pool
 
 
 class SparseWeight(Protocol):
     """One weight, or one block of a packed weight, some of whose entries are active.
 
-    Flat positions and the order of all (nnz,) tensors follow `topology.indices`.
+    The order of all (nnz,) tensors follows `topology.entries`.
     """
 
     name: str
@@ -24,6 +25,8 @@ class SparseWeight(Protocol):
     shape: tuple[int, ...]
     out_axis: int
     in_axis: int
+    pool: Pool
+    """How the scores of a unit's entries become one."""
     generator: Stream
     """The draws of the current step."""
     state: dict[str, Tensor]
@@ -52,11 +55,17 @@ class SparseWeight(Protocol):
         ...
 
     def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The gradient of the loss at every position, as (first flat position, block (n,)) in ascending order."""
+        """The gradient of the loss at every entry, as (first flat position, block (n,)) in ascending order.
+
+        Blocks are made of whole rows of units.
+        """
         ...
 
     def grads_at(self, positions: Tensor) -> Tensor:
-        """The gradient of the loss at ascending flat `positions` (n,), active or not, (n,), at the cost of these."""
+        """The gradient of the loss at the entries of the units at ascending `positions` (n,), active or not.
+
+        It costs what these entries cost: one number for each, in the order of `Topology.entries_of`.
+        """
         ...
 
     def rewire(self, topology: Topology) -> None:

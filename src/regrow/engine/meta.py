@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from regrow.core.draws import Stream
-from regrow.kernels import Index
 from regrow.nn import SparseModule
 from regrow.storage.pending import swap_memory
 
@@ -43,7 +42,7 @@ def spare_topologies_the_broadcast(model: nn.Module) -> None:
         for path, module in model.named_modules()
         if isinstance(module, SparseModule)
         for name in module.shapes
-        for field in Index._fields
+        for field in module.fields(name)
     ]
     if names:
         ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]

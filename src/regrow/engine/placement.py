@@ -16,6 +16,7 @@ from regrow.storage.latent import latent_parameters
 from regrow.storage.masked import MaskedParameter
 from regrow.storage.memory import Memory
 from regrow.storage.pending import PendingParameter
+from regrow.storage.rows import DenseRows
 from regrow.storage.stored import Draft, Storage
 
 Choice = Storage | Literal["auto"] | Mapping[str, Storage]
@@ -95,6 +96,26 @@ def _draft(found: Found, optimizer: Optimizer, storage: Storage, memory: Memory)
             return MaskedParameter(*held)
         case "compressed":
             return PendingParameter(*held, found.holders, memory)
+
+
+def divide(held: Sequence[Draft], method: Method) -> None:
+    """Make every weight of the units that the method counts in.
+
+    Raises:
+        ValueError: when the method trains latent values, of which there are only single entries, or a unit does not fit
+            a weight, naming it.
+    """
+    if method.units is None:
+        return
+    if method.latent is not None:
+        raise ValueError(
+            f"{method.name} computes weights from values that it trains at every position, and chooses single entries "
+            "of them: leave out structure="
+        )
+    for parameter in held:
+        for weight in parameter.weights:
+            assert isinstance(weight, DenseRows)
+            weight.divide(method.units)
 
 
 def dense_reasons(method: Method, source: Source) -> list[str]:

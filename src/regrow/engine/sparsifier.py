@@ -21,7 +21,19 @@ from regrow.parts.observers import EXPLORATION
 from regrow.storage.stored import Storage, Stored
 
 STATE_VERSION = 1
-STATE_KEYS = ("version", "step", "updates", "started", "seed", "shapes", "method", "storages", "topologies", "state")
+STATE_KEYS = (
+    "version",
+    "step",
+    "updates",
+    "started",
+    "seed",
+    "shapes",
+    "units",
+    "method",
+    "storages",
+    "topologies",
+    "state",
+)
 """What a state dict of a `Sparsifier` holds."""
 
 
@@ -193,9 +205,15 @@ class Sparsifier:
             "shapes": {w.name: list(w.shape) for w in self.weights},
             "method": self.method.name,
             "storages": self.storages,
+            "units": self._units,
             "topologies": {w.name: None if (at := w.topology.positions) is None else at.cpu() for w in self.weights},
             "state": {w.name: {key: value.cpu() for key, value in w.state.items()} for w in self.weights if w.state},
         }
+
+    @property
+    def _units(self) -> dict[str, list[int]]:
+        """The size of a unit of each weight, where it is more than an entry."""
+        return {w.name: list(w.topology.unit) for w in self.weights if not w.topology.is_unstructured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a run where `state_dict` left it; model and optimizer states must be loaded before.
@@ -231,7 +249,13 @@ class Sparsifier:
             raise ValueError(
                 f"this sparsifier state has {len(state['topologies'])} topologies for {len(shapes)} weights"
             )
-        topologies = {name: Topology(shape, state["topologies"][name]) for name, shape in shapes.items()}
+        if state["units"] != (units := self._units):
+            name = sorted(name for name in shapes if state["units"].get(name) != units.get(name))[0]
+            raise ValueError(
+                f"this sparsifier state has other units ({name}: {state['units'].get(name, 'entries')} there, "
+                f"{units.get(name, 'entries')} here): give the method the same structure="
+            )
+        topologies = {w.name: w.topology.at(state["topologies"][w.name]) for w in self.weights}
         with torch.no_grad():
             for parameter in self._stepper.parameters:
                 for weight in parameter.weights:

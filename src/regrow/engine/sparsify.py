@@ -21,7 +21,7 @@ from regrow.engine.meta import (
     spare_topologies_the_broadcast,
 )
 from regrow.engine.optimizers import holder_of
-from regrow.engine.placement import Choice, drafts, place, require_sparse
+from regrow.engine.placement import Choice, divide, drafts, place, require_sparse
 from regrow.engine.probe import FirstStep, Loss, Source, asking, source_of
 from regrow.engine.race import Calls, contenders, faster
 from regrow.engine.sparsifier import Sparsifier
@@ -115,6 +115,7 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     memory = _memory(update_memory, storage)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
     held = drafts(places, method, memory)
+    divide(held, method)
     with torch.no_grad(), _let_go_on_error(held):
         _start(model, held, method, source, outside, seed)
         if calls is not None:
@@ -166,12 +167,14 @@ def _become(model: nn.Module, held: list[Draft], method: Method, source: Source,
 
 def _room(parameter: Draft, nnz: int, method: Method, source: Source) -> int:
     """The most entries that a parameter will ever hold, of `nnz` in all."""
-    numel = sum(w.topology.numel for w in parameter.weights)
+    # Units at an edge are smaller, and any of them may become whole ones.
+    whole = sum(w.topology.places * w.topology.unit_size for w in parameter.weights)
+    numel = min(whole, sum(w.topology.numel for w in parameter.weights))
     if isinstance(source, FirstStep) or Need.DENSE_VALUES in method.needs:
         return numel
     if Need.ROOM in method.needs:
         return min(numel, nnz)
-    own = sum(w.topology.nnz for w in parameter.weights)
+    own = min(numel, sum(w.topology.active * w.topology.unit_size for w in parameter.weights))
     return min(numel, 2 * own) if Need.OVERSHOOT in method.needs else own
 
 

@@ -268,7 +268,7 @@ def alike(module: nn.Module, topologies: Topologies, call: Call) -> Hashable:
     settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
     weights = [(name, p.shape, p.dtype, p.stride(), p.requires_grad) for name, p in module.named_parameters()]
     inputs = [(t.shape, t.dtype, t.stride(), t.requires_grad) for t in _tensors(call)]
-    return repr((type(module), settings, weights, inputs, [(name, t.nnz) for name, t in topologies.items()]))
+    return repr((type(module), settings, weights, inputs, [(name, t.unit, t.nnz) for name, t in topologies.items()]))
 
 
 # What is compared
@@ -322,6 +322,7 @@ class CSRLinear(nn.Module):
 
     def __init__(self, weight: Tensor, topology: Topology, bias: nn.Parameter | None = None) -> None:
         super().__init__()
+        topology = Topology(topology.shape, topology.entries.sort().values)
         index = kernels.index(topology)
         self.shape = topology.shape
         self.rows = index.starts.to(index.columns.dtype), index.columns

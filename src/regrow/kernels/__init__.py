@@ -9,6 +9,6 @@ from regrow.kernels.ops import conv_transpose as conv_transpose
 from regrow.kernels.ops import index as index
 from regrow.kernels.ops import linear as linear
 from regrow.kernels.ops import sampled as sampled
-from regrow.kernels.units import Unit as Unit
 from regrow.kernels.units import UnitIndex as UnitIndex
+from regrow.kernels.units import has_kernels as has_kernels
 from regrow.kernels.units import unit_index as unit_index

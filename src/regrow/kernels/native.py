@@ -170,7 +170,7 @@ def _conv(x: Tensor, index: Index, geometry: Geometry) -> tuple[int, ...]:
 
 
 def _units(x: Tensor, index: UnitIndex) -> tuple[int, ...]:
-    head = (_DTYPES[x.dtype], _wide(index.columns), torch.get_num_threads(), *index.unit)
+    head = (_DTYPES[x.dtype], _wide(index.columns), torch.get_num_threads(), index.outputs, index.inputs)
     return (*head, index.starts.numel() - 1, index.cols // index.inputs, index.units)
 
 

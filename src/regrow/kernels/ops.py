@@ -23,12 +23,17 @@ _INT32 = torch.iinfo(torch.int32).max
 
 
 def index(topology: Topology) -> Index:
-    """The index of a topology, in O(nnz + rows + cols).
+    """The index of a topology of single entries, in O(nnz + rows + cols).
+
+    Raises:
+        ValueError: when the topology is made of larger units, which have a `unit_index`.
 
     Examples:
         >>> index(Topology((2, 3), torch.tensor([1, 2, 4]))).order.tolist()
         [0, 2, 1]
     """
+    if not topology.is_unstructured:
+        raise ValueError(f"an index is of single entries, and this is {topology}: take its unit_index, or its entries")
     fits = max(topology.rows, topology.row_size, topology.nnz) <= _INT32
     columns = topology.columns.to(torch.int32 if fits else torch.int64)
     found = layout.kernels(columns).transpose_index(topology.starts, columns, topology.row_size)
@@ -58,9 +63,9 @@ def linear(
         ValueError: when the last axis of x does not fit, or the types differ.
 
     Examples:
-        >>> from regrow.kernels import Unit, unit_index
-        >>> grid = Topology((2, 3), torch.tensor([1, 2, 4]))
-        >>> linear(torch.ones(5, 3), torch.ones(3, 1, 8), None, unit_index(grid, Unit(8)))[0].tolist()
+        >>> from regrow.kernels import unit_index
+        >>> eights = Topology((16, 3), torch.tensor([1, 2, 4]), unit=(8, 1))
+        >>> linear(torch.ones(5, 3), torch.ones(3, 1, 8), None, unit_index(eights))[0].tolist()
         [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     expected = index.rows if transposed else index.cols

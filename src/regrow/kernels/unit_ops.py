@@ -134,7 +134,10 @@ def _require_index(index: UnitIndex) -> None:
         raise ValueError(f"starts are (rows of units + 1,) and columns (units,), got {shapes}")
     if not starts.is_contiguous() or not columns.is_contiguous():
         raise ValueError("starts and columns must be contiguous: call .contiguous() on both")
-    index.unit.grid(index.rows, index.cols)
+    if min(index.outputs, index.inputs) < 1 or index.cols % index.inputs:
+        raise ValueError(
+            f"units of {index.outputs} x {index.inputs} do not divide a matrix of {index.rows:,} x {index.cols:,}"
+        )
 
 
 def _require_alike(index: UnitIndex, x: Tensor, *others: Tensor | None) -> None:

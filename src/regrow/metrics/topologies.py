@@ -26,9 +26,10 @@ class Exploration(NamedTuple):
 
 
 def exploration(sparsifier: Sparsifier) -> Exploration:
-    """R_s: entries that were ever active / all entries of the sparsified weights, with what it can be at most.
+    """R_s: units that were ever active / all units of the sparsified weights, with what it can be at most.
 
-    An update that grows k_l entries in weight l of N entries in all raises R_s by at most sum(k_l) / N.
+    A unit is an entry unless the method says otherwise. An update that grows k_l units in weight l of N units in all
+    raises R_s by at most sum(k_l) / N.
 
     Raises:
         ValueError: when the method was not asked to keep track: give it `Need.EXPLORED`.
@@ -41,13 +42,13 @@ def exploration(sparsifier: Sparsifier) -> Exploration:
             f"{sparsifier.method.name} keeps no explored positions: use method._replace(needs=method.needs | "
             "Need.EXPLORED) and start it"
         )
-    numel = {w.name: max(1, w.topology.numel) for w in sparsifier.weights}
-    placed = {w.name: min(int(w.state["placed"]), w.topology.numel) for w in sparsifier.weights}
+    places = {w.name: w.topology.places for w in sparsifier.weights}
+    placed = {w.name: min(int(w.state["placed"]), places[w.name]) for w in sparsifier.weights}
     return Exploration(
         overall,
-        {w.name: float(w.state["explored"].double().mean()) if w.topology.numel else 0.0 for w in sparsifier.weights},
-        sum(placed.values()) / max(1, sparsifier.numel),
-        {name: placed[name] / n for name, n in numel.items()},
+        {w.name: float(w.state["explored"].double().mean()) if places[w.name] else 0.0 for w in sparsifier.weights},
+        sum(placed.values()) / max(1, sum(places.values())),
+        {name: placed[name] / max(1, n) for name, n in places.items()},
     )
 
 

@@ -145,6 +145,8 @@ class SparseMultiheadAttention(SparseModule):
         if high - low == self.shapes[name][0] or self.keys.get(name) or torch.compiler.is_compiling():
             return self.product(name, x, self.in_proj_bias)[..., low:high]
         whole = self.topology(name)
+        if not whole.is_unstructured:
+            return self.product(name, x, self.in_proj_bias)[..., low:high]
         block, (first, last) = whole.block(low, high), whole.starts[[low, high]].tolist()
         if block.is_dense:
             return F.linear(x, values[first:last].view(block.shape), bias)

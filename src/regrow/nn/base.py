@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regrow import kernels
 from regrow.core.draws import Stream
 from regrow.core.topology import Topology, fan_in_scale
-from regrow.kernels import Geometry, Index
+from regrow.kernels import Geometry, Index, UnitIndex
 
 Init = Literal["module", "fan_in"]
 """How values are drawn: as the dense module draws its own, or those scaled to the fan-in each output really has."""
@@ -21,8 +21,24 @@ Init = Literal["module", "fan_in"]
 Draw = Callable[[Stream, int], Tensor]
 """Initial values: (stream, count) -> (count,) float64."""
 
-PERSISTENT = ("starts", "columns")
-"""Fields of an index that a state dict holds; the others follow from them."""
+PERSISTENT = ("starts", "columns", "unit")
+"""Fields of a layout that a state dict holds; the others follow from them."""
+
+
+def layout(topology: Topology) -> dict[str, Tensor]:
+    """What a module keeps of a topology, by field: where the values belong, and what its products read.
+
+    That is an index of entries, or the rows of larger units, whose sizes stand in `unit`. Products that have no kernels
+    for units read the index of their entries in rows, `entry_...`, and which value belongs to each, `entry_values`.
+    """
+    if topology.is_unstructured:
+        return kernels.index(topology)._asdict()
+    fields = {"starts": topology.starts, "columns": topology.columns, "unit": torch.tensor(topology.unit)}
+    if kernels.has_kernels(topology):
+        return fields
+    positions, order = topology.entries.sort()
+    rows = kernels.index(Topology(topology.shape, positions))
+    return fields | {f"entry_{name}": field for name, field in rows._asdict().items()} | {"entry_values": order}
 
 
 class Keys(dict[str, int]):
@@ -40,13 +56,16 @@ class SparseModule(nn.Module):
 
     A sparse weight NAME is a parameter NAME of shape (capacity,), of which the first nnz entries are its active values
     and the others inert zeros, with buffers NAME_starts and NAME_columns that say where the values belong: both are in
-    the state dict. The dense shape of each is in `shapes`.
+    the state dict. The dense shape of each is in `shapes`. Where it is made of larger units, `units` has their size,
+    which NAME_unit keeps in the state dict.
     """
 
     dense_type: type[nn.Module]
     """The class of the dense module that this one stands for."""
 
     shapes: dict[str, tuple[int, ...]]
+    units: dict[str, tuple[int, ...]]
+    """The size of a unit of each sparse weight, where it is more than an entry."""
     keys: Keys
 
     def initial(self, name: str) -> Draw:
@@ -60,9 +79,9 @@ class SparseModule(nn.Module):
         module: nn.Module = copy.deepcopy(self)
         full = {n: nn.Parameter(self.dense(n).detach(), getattr(self, n).requires_grad) for n in self.shapes}
         for name in self.shapes:
-            for field in Index._fields:
+            for field in self.fields(name):
                 delattr(module, f"{name}_{field}")
-        del module.shapes, module.keys
+        del module.shapes, module.units, module.keys
         module.__dict__.pop("dense_type", None)
         module.__class__ = self.dense_type
         for name, parameter in full.items():
@@ -88,45 +107,78 @@ class SparseModule(nn.Module):
 
     def _begin(self) -> None:
         self.shapes = {}
+        self.units = {}
         self.keys = Keys()
 
     def hold(self, name: str, parameter: nn.Parameter, topology: Topology) -> None:
         """Take `parameter` (capacity,), capacity >= nnz, as the values of sparse weight `name`."""
         self.register_parameter(name, parameter)
         self.shapes[name] = topology.shape
-        for field, tensor in kernels.index(topology)._asdict().items():
+        if not topology.is_unstructured:
+            self.units[name] = topology.unit
+        for field, tensor in layout(topology).items():
             self.register_buffer(f"{name}_{field}", tensor.to(parameter.device), persistent=field in PERSISTENT)
 
-    def index(self, name: str = "weight") -> Index:
-        """The index of a sparse weight."""
-        return Index(*(getattr(self, f"{name}_{field}") for field in Index._fields))
+    def fields(self, name: str) -> list[str]:
+        """The fields of the layout of a sparse weight; its buffers are called NAME_FIELD."""
+        known = (*Index._fields, "unit", *(f"entry_{field}" for field in Index._fields), "entry_values")
+        return [field for field in known if f"{name}_{field}" in self._buffers]
+
+    def index(self, name: str = "weight") -> Index | UnitIndex:
+        """What products with a sparse weight read of its topology."""
+        return self.operands(name)[1]
+
+    def operands(self, name: str = "weight") -> tuple[Tensor, Index | UnitIndex]:
+        """What products with a sparse weight read: its values and their index."""
+        values: Tensor = getattr(self, name)
+        if name not in self.units:
+            return values, Index(*(getattr(self, f"{name}_{field}") for field in Index._fields))
+        if f"{name}_entry_values" in self._buffers:
+            return values[getattr(self, f"{name}_entry_values")], self._entries(name)
+        outputs, inputs = self.units[name]
+        whole = values.numel() // (outputs * inputs)
+        values = values if values.numel() == whole * outputs * inputs else values[: whole * outputs * inputs]
+        starts, columns = getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns")
+        index = UnitIndex(starts, columns, self.shapes[name][1], outputs, inputs)
+        return values.view(whole, inputs, outputs), index
+
+    def _entries(self, name: str) -> Index:
+        return Index(*(getattr(self, f"{name}_entry_{field}") for field in Index._fields))
 
     def nnz(self, name: str = "weight") -> int:
         """Active entries of a sparse weight."""
-        # Asked several times in every training step, where looking up all five fields of the index would show.
+        # Asked several times in every training step, where looking up all fields of the layout would show.
+        entries = self._buffers.get(f"{name}_entry_values")
+        if entries is not None:
+            return entries.numel()
         columns = self._buffers[f"{name}_columns"]
         assert columns is not None
-        return columns.numel()
+        return columns.numel() * math.prod(self.units.get(name, ()))
 
     def topology(self, name: str = "weight") -> Topology:
         """The topology of a sparse weight."""
-        index = self.index(name)
-        return Topology.trusted(self.shapes[name], index.starts, index.columns)
+        starts, columns = getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns")
+        return Topology.trusted(self.shapes[name], starts, columns, self.units.get(name))
 
     def rewire(self, name: str, topology: Topology) -> None:
         """Replace the topology of a sparse weight, leaving its values where they are.
 
         Raises:
-            ValueError: when it has another shape or more entries than the parameter has room for.
+            ValueError: when it has another shape, other units, or more entries than the parameter has room for.
         """
-        capacity = getattr(self, name).numel()
-        if topology.shape != self.shapes[name] or topology.nnz > capacity:
+        capacity, own = getattr(self, name).numel(), self.topology(name)
+        if topology.unit != own.unit:
+            raise ValueError(
+                f"{name} is made of units of {' x '.join(map(str, own.unit))} entries, which a topology of units of "
+                f"{' x '.join(map(str, topology.unit))} does not fit"
+            )
+        if topology.shape != own.shape or topology.nnz > capacity:
             raise ValueError(
                 f"{name} has shape {self.shapes[name]} and room for {capacity:,} active entries, which a topology of "
                 f"shape {topology.shape} with {topology.nnz:,} does not fit"
             )
         device = getattr(self, name).device
-        for field, tensor in kernels.index(topology)._asdict().items():
+        for field, tensor in layout(topology).items():
             setattr(self, f"{name}_{field}", tensor.to(device))
 
     def dense(self, name: str = "weight") -> Tensor:
@@ -134,24 +186,25 @@ class SparseModule(nn.Module):
         topology = self.topology(name)
         values: Tensor = getattr(self, name)
         flat = values.new_zeros(topology.numel)
-        return flat.index_put((topology.indices.to(values.device),), values[: topology.nnz]).view(topology.shape)
+        return flat.index_put((topology.entries.to(values.device),), values[: topology.nnz]).view(topology.shape)
 
     def product(self, name: str, x: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
         """x W^T + bias, or x W + bias when `transposed`; x (..., features). A weight not in `shapes` is dense."""
-        values = getattr(self, name)
         if name not in self.shapes:
-            return nn.functional.linear(x, values.t() if transposed else values, bias)
-        index, key = self.index(name), self.keys.get(name, 0)
+            full = getattr(self, name)
+            return nn.functional.linear(x, full.t() if transposed else full, bias)
+        (values, index), key = self.operands(name), self.keys.get(name, 0)
         if index.nnz == index.rows * index.cols and not key:
-            full = values[: index.nnz].view(index.rows, index.cols)
+            full = self.dense(name).view(index.rows, index.cols) if name in self.units else _whole(values, index)
             return nn.functional.linear(x, full.t() if transposed else full, bias)
         return kernels.linear(x, values, bias, index, transposed=transposed, keep=key)
 
     def convolution(self, name: str, x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The convolution of x (N, C, H, W) with a sparse weight, plus bias: (N, O, HO, WO)."""
-        values, index, key = getattr(self, name), self.index(name), self.keys.get(name, 0)
+        (values, index), key = self.operands(name), self.keys.get(name, 0)
+        assert isinstance(index, Index)
         if index.nnz == index.rows * index.cols and not key:
-            full = values[: index.nnz].view(index.rows, -1, *geometry.kernel)
+            full = _whole(values, index).view(index.rows, -1, *geometry.kernel)
             return nn.functional.conv2d(
                 x, full, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
             )
@@ -159,9 +212,10 @@ class SparseModule(nn.Module):
 
     def transposed_convolution(self, name: str, x: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
         """The transpose of the convolution of `geometry` on x (N, I, H, W), without bias: (N, O, *size)."""
-        values, index, key = getattr(self, name), self.index(name), self.keys.get(name, 0)
+        (values, index), key = self.operands(name), self.keys.get(name, 0)
+        assert isinstance(index, Index)
         if index.nnz == index.rows * index.cols and not key:
-            full = values[: index.nnz].view(index.rows, -1, *geometry.kernel)
+            full = _whole(values, index).view(index.rows, -1, *geometry.kernel)
             least = geometry.smallest(x.shape[2], x.shape[3])
             extra = [n - m for n, m in zip(size, least, strict=True)]
             return nn.functional.conv_transpose2d(
@@ -181,13 +235,14 @@ class SparseModule(nn.Module):
     ) -> None:
         """Take on the saved topology of each weight before its values are read, whatever this module had."""
         for name, shape in self.shapes.items():
-            starts, columns = (state_dict.get(f"{prefix}{name}_{field}") for field in PERSISTENT)
+            starts, columns, unit = (state_dict.get(f"{prefix}{name}_{field}") for field in PERSISTENT)
             if starts is None and columns is None:
                 continue
             try:
                 if starts is None or columns is None:
                     raise ValueError(f"{name}_starts and {name}_columns belong together, and only one of them is there")
-                self.rewire(name, Topology.from_rows(shape, starts, columns))
+                sizes = None if unit is None else tuple(map(int, unit.flatten().tolist()))
+                self.rewire(name, Topology.from_rows(shape, starts, columns, sizes))
             except (ValueError, RuntimeError) as error:
                 errors.append(f"{prefix}{name}: {error}")
                 # One of the buffers may fit by itself: reading it would tear the index apart.
@@ -202,7 +257,7 @@ class SparseModule(nn.Module):
         with torch.no_grad():
             for name, stream in streams.items():
                 flat = getattr(self, name).zero_().view(-1)
-                size = self.index(name).nnz if name in self.shapes else flat.numel()
+                size = self.nnz(name) if name in self.shapes else flat.numel()
                 flat[:size] = self.initial(name)(stream, size)
 
     def _build(
@@ -235,10 +290,15 @@ class SparseModule(nn.Module):
     def _describe(self) -> str:
         parts = []
         for name, shape in self.shapes.items():
-            index = self.index(name)
             label = "" if name == "weight" else f"{name}: "
-            parts.append(f"{label}{index.nnz:,} of {math.prod(shape):,} active")
+            unit = f" in units of {' x '.join(map(str, self.units[name]))}" if name in self.units else ""
+            parts.append(f"{label}{self.nnz(name):,} of {math.prod(shape):,} active{unit}")
         return ", ".join(parts)
+
+
+def _whole(values: Tensor, index: Index | UnitIndex) -> Tensor:
+    """A weight of which every entry is active, as the matrix (rows, cols), from values that stand in rows."""
+    return values[: index.nnz].view(index.rows, index.cols)
 
 
 def uniform(bound: float) -> Draw:

@@ -297,7 +297,7 @@ def from_dense(module: nn.Module, topologies: Mapping[str, Topology] | None = No
     for name in kind.weights_of(module):
         parameter = getattr(module, name)
         at = (topologies or {}).get(name) or nonzero(parameter)
-        values = parameter.detach().reshape(-1)[at.indices.to(parameter.device)]
+        values = parameter.detach().reshape(-1)[at.entries.to(parameter.device)]
         weights[name] = nn.Parameter(values, parameter.requires_grad), at
     return cls.adopt(copy.deepcopy(module), weights)
 

@@ -13,7 +13,8 @@ The nouns, and what there is of each (their types stand in `regrow.core.method`)
 * a statistic is a weight's share of what is redistributed: `mean_momentum`, `mean_magnitude`, `nonzeros`, `survivors`
 * an allocation says how many entries each weight gets: `uniform`, `erk`, `globally`, `layer_adaptive`, ...
 * a schedule is a number over training: `cosine`, `cubic`, `constant`, ...
-* a structure says which patterns are allowed: `rows`, `blocks(...)`, `n_of_m(...)`, `constant_fan_in`
+* units are what is active or inactive together: `groups(8)`, `blocks(...)`, `rows`; a recipe takes them as `structure=`
+* a structure says which patterns of entries are allowed: any of those, `n_of_m(...)`, `constant_fan_in`
 * an update changes topologies: `prune` and `drop_and_grow`, joined by `chain`, gated by `every`
 * a start makes the first topologies: `random_topology`, `by_score`, `prune_global`, `in_rounds`, ...
 * an observer watches every step: `keep_momentum`, `mark_explored`; what it keeps is `Remembered`
@@ -40,11 +41,18 @@ from regrow.core.method import (
     Structure,
     Timing,
     Trained,
+    Units,
     Update,
 )
 from regrow.core.topology import (
     Topology,
     fan_in_scale,
+)
+from regrow.core.units import (
+    Pool,
+    largest,
+    mean,
+    root_mean_square,
 )
 from regrow.core.weight import (
     Sized,
@@ -67,6 +75,7 @@ from regrow.parts.allocation import (
     proportional,
     require_last,
     uniform,
+    whole_units,
 )
 from regrow.parts.drops import (
     adaptive_threshold,
@@ -74,6 +83,7 @@ from regrow.parts.drops import (
     lowest,
     lowest_globally,
     lowest_per_sign,
+    require_equal_units,
     share,
     smallest,
 )
@@ -170,6 +180,7 @@ from regrow.parts.scores import (
     random,
     saliency,
     taylor,
+    unit_scores,
 )
 from regrow.parts.starts import (
     by_score,
@@ -185,12 +196,14 @@ from regrow.parts.starts import (
     scale_to_fan_in,
 )
 from regrow.parts.structures import (
+    Boxes,
     best_of_each,
     blocks,
     by_output,
     constant_fan_in,
     evenly,
     fan_ins,
+    groups,
     n_of_m,
     of_outputs,
     outputs_of,
@@ -215,11 +228,12 @@ __all__ = [  # noqa: RUF022 - by noun
     # Vocabulary
     "Allocation", "Drop", "fan_in_scale", "Field", "Growth", "Latent", "Method", "Need", "Observer", "Parts",
     "Probe", "Regrow", "Rule", "Score", "Sized", "SparseWeight", "Start", "Statistic", "Stream", "Structure", "Timing",
-    "Topology", "Trained", "Update", "Weights",
+    "Topology", "Trained", "Units", "Update", "Weights",
     # Scores
-    "magnitude", "magnitude_and_gradient", "random", "saliency", "taylor",
+    "magnitude", "magnitude_and_gradient", "random", "saliency", "taylor", "unit_scores",
     # Drops
-    "adaptive_threshold", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign", "share", "smallest",
+    "adaptive_threshold", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign", "require_equal_units",
+    "share", "smallest",
     # Fields and growths
     "at_random", "by_gradient", "by_momentum", "by_momentum_per_neuron", "gradient", "half_by_gradient", "highest",
     "highest_per_neuron", "mixed", "momentum", "needs_of", "Reading", "READS", "require_finite", "sampled_gradient",
@@ -228,13 +242,13 @@ __all__ = [  # noqa: RUF022 - by noun
     "mean_magnitude", "mean_momentum", "nonzeros", "survivors",
     # Allocations
     "apportion", "at_least", "by_flops", "counts", "er", "erk", "erk_power", "explicit", "globally",
-    "last_at_least", "layer_adaptive", "proportional", "require_last", "Shaped", "uniform",
+    "last_at_least", "layer_adaptive", "proportional", "require_last", "Shaped", "uniform", "whole_units",
     # Schedules
     "Anneal", "constant", "cosine", "cosine_to", "cosine_to_half_percent", "cubic", "inverse_power", "linear",
     "Schedule",
     # Structures
-    "best_of_each", "blocks", "by_output", "constant_fan_in", "evenly", "fan_ins", "n_of_m", "of_outputs",
-    "outputs_of", "rows", "unstructured",
+    "best_of_each", "blocks", "Boxes", "by_output", "constant_fan_in", "evenly", "fan_ins", "groups", "largest", "mean",
+    "n_of_m", "of_outputs", "outputs_of", "Pool", "root_mean_square", "rows", "unstructured",
     # Updates
     "chain", "checked", "drop_and_grow", "every", "everywhere", "grown_counts", "prune", "prune_to", "reached",
     "rewire",

@@ -1,16 +1,17 @@
 """How many entries each weight gets: exact integers that sum to the total.
 
-An allocation is called with the weights, their scores (None where there are none) and the total, and returns one
-count per weight, at most what is active there now: all of it where the total is more. `uniform`, `er` and `erk` read
-shapes; `globally` and `layer_adaptive` read scores. `at_least`, `last_at_least`, `explicit` and `by_flops` go around
-another allocation.
+An allocation is called with the weights, their scores (None where there are none) and a total of entries, and returns
+one count per weight, at most what is active there now: all of it where the total is more. It counts units: entries,
+unless the topologies say otherwise; then their entries are as near to the total as whole units come. `uniform`, `er`
+and `erk` read shapes; `globally` and `layer_adaptive` read scores. `at_least`, `last_at_least`, `explicit` and
+`by_flops` go around another allocation.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -77,11 +78,51 @@ def _fill(shares: list[float], total: int, capacity: Sequence[int]) -> list[floa
         rest -= sum(capacity[i] for i in full)
 
 
+def whole_units(counts: Sequence[int], weights: Sequence[Sized]) -> list[int]:
+    """How many units of each weight come nearest to these `counts` of entries: the largest remainders are rounded up.
+
+    The entries of all together are as near to the sum as whole units allow; of two equally near numbers it is the
+    smaller. A weight that gets entries gets one unit at least, beyond the sum if need be. Where a unit is an entry
+    these are the counts.
+
+    Args:
+        counts: entries of each weight, at most what is active there.
+        weights: whose topologies say what a unit is; smaller ones at an edge count as their mean.
+
+    Examples:
+        >>> eights = [Shaped(n, (n, 10), Topology((n, 10), unit=(8, 1))) for n in (16, 8)]
+        >>> whole_units([38, 10], eights)
+        [5, 1]
+    """
+    sizes = [_unit_size(w) for w in weights]
+    exact = [n / size for n, size in zip(counts, sizes, strict=True)]
+    chosen = [
+        min(w.topology.active, max(math.floor(x + 1e-9), int(x > 0))) for x, w in zip(exact, weights, strict=True)
+    ]
+    missing = sum(counts) - math.fsum(n * size for n, size in zip(chosen, sizes, strict=True))
+    for i in sorted(range(len(chosen)), key=lambda i: round(chosen[i] - exact[i], 9)):
+        if chosen[i] < weights[i].topology.active and 2 * missing > sizes[i] + 1e-9:
+            chosen[i] += 1
+            missing -= sizes[i]
+    return chosen
+
+
+def _unit_size(weight: Sized) -> float:
+    """Entries of a unit; the mean where those at an edge are smaller."""
+    return weight.topology.numel / weight.topology.places if weight.topology.places else 1.0
+
+
+def _entries(units: Iterable[int], weights: Iterable[Sized]) -> int:
+    """How many entries so many units of each weight have."""
+    return round(math.fsum(n * _unit_size(w) for n, w in zip(units, weights, strict=True)))
+
+
 def proportional(share: Callable[[Sized], float]) -> Allocation:
     """Counts proportional to `share(weight)`, capped at what each weight holds."""
 
     def allocate(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
-        return apportion([share(w) for w in weights], _given(total, weights), [w.topology.nnz for w in weights])
+        room = [w.topology.nnz for w in weights]
+        return whole_units(apportion([share(w) for w in weights], _given(total, weights), room), weights)
 
     return allocate
 
@@ -109,6 +150,9 @@ def _er_density(weight: Sized) -> float:
 def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
     """Each weight's count among the `total` highest scores anywhere; equal scores go to the earlier weight.
 
+    A score is that of a unit, and all its entries count. Their number is the nearest to the total that whole units
+    allow, by the rule of `whole_units`.
+
     Raises:
         ValueError: without scores, as for a random start, or when one is NaN, naming the weight.
     """
@@ -121,10 +165,21 @@ def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: i
                 "has diverged"
             )
     pooled = torch.cat([s.to(scores[0].device) for s in scores])
-    chosen = selection.highest(pooled, _given(total, weights))
-    ends = torch.tensor([s.numel() for s in scores]).cumsum(0)
-    upto = torch.searchsorted(chosen, ends.to(chosen.device)).tolist()
+    sizes = torch.tensor([_unit_size(w) for w in weights], dtype=torch.float64)
+    lengths = torch.tensor([s.numel() for s in scores])
+    chosen = _nearest_to(pooled, sizes.repeat_interleave(lengths), _given(total, weights))
+    upto = torch.searchsorted(chosen, lengths.cumsum(0).to(chosen.device)).tolist()
     return [after - before for before, after in zip([0, *upto[:-1]], upto, strict=True)]
+
+
+def _nearest_to(score: Tensor, sizes: Tensor, total: int) -> Tensor:
+    """Positions, ascending, of the highest scores (n,) whose `sizes` (n,) add up to what is nearest to `total`."""
+    if sizes.numel() == 0 or bool((sizes == sizes[0]).all()):
+        size = float(sizes[0]) if sizes.numel() else 1.0
+        return selection.highest(score, min(score.numel(), math.ceil(total / size - 0.5)))
+    order = score.argsort(descending=True, stable=True)
+    reached = torch.cat([sizes.new_zeros(1), sizes[order.to(sizes.device)].cumsum(0)])
+    return order[: int((reached - total).abs().argmin())].sort().values
 
 
 def layer_adaptive(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
@@ -204,6 +259,7 @@ def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
             raise ValueError("by_flops: give a density, which is the share of the dense weights' multiplications")
         costs = [Fraction(_first_match(w.name, uses) or 0) for w in weights]
         sizes = [math.prod(w.shape) for w in weights]
+        spans = [Fraction(w.topology.numel, max(1, w.topology.places)) for w in weights]
         dense = sum(c * n for c, n in zip(costs, sizes, strict=True))
         if dense == 0:
             raise ValueError(f"by_flops: no entry of {', '.join(w.name for w in weights)} is ever multiplied")
@@ -212,7 +268,7 @@ def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
 
         def fits(entries: int) -> bool:
             found = allocate(weights, scores, entries)
-            return sum(c * n for c, n in zip(costs, found, strict=True)) <= budget
+            return sum(c * n * s for c, n, s in zip(costs, found, spans, strict=True)) <= budget
 
         held = sum(w.topology.nnz for w in weights)
         return allocate(weights, scores, bisect.bisect_left(range(1, held + 1), True, key=lambda n: not fits(n)))
@@ -224,7 +280,7 @@ def at_least(minimum: int, allocate: Allocation) -> Allocation:
     """`allocate`, except that no weight gets less than `minimum` entries (or all it holds): no layer collapses."""
 
     def floors(weights: Sequence[Sized]) -> list[int]:
-        return [minimum] * len(weights)
+        return [math.ceil(minimum / _unit_size(w) - 1e-9) for w in weights]
 
     return _with_floors(f"at_least({minimum})", floors, allocate)
 
@@ -274,7 +330,7 @@ def last_at_least(density: float, layer: str | None, allocate: Allocation) -> Al
 def require_last(density: float, layer: str | None, weights: Sequence[Sized], total: int) -> None:
     """Raise ValueError when `last_at_least` can find no layer, or can leave no entry of `total` to the others."""
     held = _layer(layer, weights)
-    floor = sum(_count(weights[i], density) for i in held)
+    floor = _entries([_count(weights[i], density) for i in held], [weights[i] for i in held])
     others = len(held) < len(weights)
     if floor > total or (others and floor == total):
         raise ValueError(
@@ -301,12 +357,12 @@ def _with_floors(name: str, floors: Callable[[Sequence[Sized]], Sequence[int]], 
     """`allocate`, except that no weight gets less than its floor (or all it holds)."""
 
     def guarded(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: int | None) -> list[int]:
-        least = [min(n, w.topology.nnz) for n, w in zip(floors(weights), weights, strict=True)]
+        least = [min(n, w.topology.active) for n, w in zip(floors(weights), weights, strict=True)]
         held: dict[int, int] = {}
         given_total = _given(total, weights)
         while True:
             rest = [i for i in range(len(weights)) if i not in held]
-            left = given_total - sum(held.values())
+            left = given_total - _entries(held.values(), [weights[i] for i in held])
             if left < 0:
                 raise ValueError(f"{name}: {given_total:,} entries are too few for {len(weights)} weights")
             counts = allocate([weights[i] for i in rest], scores and [scores[i] for i in rest], left) if rest else []
@@ -344,12 +400,13 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
         given = {i: _count(w, d) for i, w in enumerate(weights) if (d := _first_match(w.name, densities)) is not None}
         _require_matches(densities, weights)
         others = [i for i in range(len(weights)) if i not in given]
-        held = sum(given.values())
+        held = _entries(given.values(), [weights[i] for i in given])
         if others and rest is None:
             raise ValueError(
                 f"explicit: no density for {', '.join(weights[i].name for i in others)}: add globs, or rest="
             )
-        excess = 0 if total is None else held - total if others else abs(held - total) - len(weights)
+        slack = math.ceil(math.fsum(_unit_size(w) for w in weights))
+        excess = 0 if total is None else held - total if others else abs(held - total) - slack
         if excess > 0:
             raise ValueError(
                 f"explicit: the given densities make {held:,} active entries, the density asks for {total:,}: "
@@ -369,7 +426,8 @@ def _first_match(name: str, numbers: Mapping[str, float]) -> float | None:
 
 
 def _count(weight: Sized, density: float) -> int:
-    return min(weight.topology.nnz, math.floor(density * math.prod(weight.shape) + 0.5))
+    """The units of a weight that come nearest to a density of its own."""
+    return min(weight.topology.active, math.floor(density * weight.topology.places + 0.5))
 
 
 def _require_matches(densities: Mapping[str, float], weights: Sequence[Sized]) -> None:

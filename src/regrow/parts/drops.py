@@ -11,13 +11,13 @@ from torch import Tensor
 from regrow.core.method import Drop, Score
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight
-from regrow.parts.allocation import at_least, globally
+from regrow.parts.allocation import Shaped, at_least, globally
 from regrow.parts.remembered import DROP_THRESHOLD
-from regrow.parts.scores import magnitude
+from regrow.parts.scores import magnitude, unit_scores
 
 
 def keep_highest(weight: SparseWeight, score: Tensor, count: int) -> Topology:
-    """The `count` active entries of highest `score` (nnz,).
+    """The `count` active units of highest `score` (active,).
 
     Raises:
         ValueError: when a score is NaN, naming the weight.
@@ -29,15 +29,17 @@ def keep_highest(weight: SparseWeight, score: Tensor, count: int) -> Topology:
 
 
 def lowest(score: Score) -> Drop:
-    """Drop the floor(fraction nnz) entries of lowest `score` from every weight; ties drop the higher position.
+    """Drop the floor(fraction active) units of lowest `score` from every weight; ties drop the higher position.
+
+    Where a unit is an entry, these are entries; otherwise the scores of a unit's entries are pooled.
 
     Source: Evci et al. 2020, Rigging the Lottery, Algorithm 1, line "TopK(|theta|, ...)".
     """
 
     def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
-        kept = [w.topology.nnz - share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True)]
+        kept = [w.topology.active - share(f, w.topology.active) for w, f in zip(weights, fractions, strict=True)]
         return [
-            keep_highest(w, score(w), n) if n < w.topology.nnz else w.topology
+            keep_highest(w, unit_scores(w, score), n) if n < w.topology.active else w.topology
             for w, n in zip(weights, kept, strict=True)
         ]
 
@@ -49,10 +51,10 @@ smallest: Drop = lowest(magnitude)
 
 
 def lowest_globally(score: Score) -> Drop:
-    """Drop the entries of lowest `score` anywhere, in all as many as if every weight lost floor(fraction nnz).
+    """Drop the units of lowest `score` anywhere, in all as many as if every weight lost floor(fraction active).
 
     Equal scores stay in the earlier weight, and in it at the lower position. A weight that would be left without any
-    entry keeps its highest one, and another goes elsewhere. A weight whose fraction is 0 loses nothing.
+    unit keeps its highest one, and another goes elsewhere. A weight whose fraction is 0 loses nothing.
 
     Raises:
         ValueError: from the drop, where so many would go that a weight must be left empty.
@@ -62,19 +64,20 @@ def lowest_globally(score: Score) -> Drop:
     """
 
     def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
-        gone = [share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True)]
-        places = [i for i, f in enumerate(fractions) if f > 0 and weights[i].topology.nnz]
+        gone = [share(f, w.topology.active) for w, f in zip(weights, fractions, strict=True)]
+        places = [i for i, f in enumerate(fractions) if f > 0 and weights[i].topology.active]
         among = [weights[i] for i in places]
-        held = sum(w.topology.nnz for w in among)
+        require_equal_units("lowest_globally", among)
+        held = sum(w.topology.active for w in among)
         if sum(gone) == 0:
             return [w.topology for w in weights]
         if held - sum(gone) < len(among):
             raise ValueError(
-                f"dropping {sum(gone):,} of {held:,} active entries by one threshold would leave some of {len(among)} "
-                f"weights empty: at most {held - len(among):,} can go, lower the drop fraction"
+                f"dropping {sum(gone):,} of {held:,} active {_word(among)} by one threshold would leave some of "
+                f"{len(among)} weights empty: at most {held - len(among):,} can go, lower the drop fraction"
             )
-        scores = [score(w) for w in among]
-        counts = at_least(1, globally)(among, scores, held - sum(gone))
+        scores = [unit_scores(w, score) for w in among]
+        counts = at_least(1, globally)([_on_grid(w) for w in among], scores, held - sum(gone))
         kept = [w.topology for w in weights]
         for i, s, n in zip(places, scores, counts, strict=True):
             kept[i] = keep_highest(weights[i], s, n)
@@ -84,11 +87,11 @@ def lowest_globally(score: Score) -> Drop:
 
 
 def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
-    """Drop the entries with |w| <= tau and no others. The network has one tau, which adapts to the drop fraction.
+    """Drop the units with |w|, pooled, <= tau and no others; the network's one tau adapts to the drop fraction.
 
     tau decides how many are dropped, and `drop_and_grow` grows as many. The expected number is the sum of
-    floor(fraction nnz). If fewer than (1 - tolerance) of it were dropped, tau is doubled for the next time; if more
-    than (1 + tolerance), tau is halved. A weight always keeps its largest entry. A weight whose fraction is 0 loses
+    floor(fraction active). If fewer than (1 - tolerance) of it were dropped, tau is doubled for the next time; if more
+    than (1 + tolerance), tau is halved. A weight always keeps its largest unit. A weight whose fraction is 0 loses
     nothing and is expected to lose nothing.
 
     tau is remembered as `DROP_THRESHOLD` of every weight, beside how often it was used.
@@ -111,13 +114,13 @@ def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
         )
 
     def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
-        expected = sum(share(f, w.topology.nnz) for w, f in zip(weights, fractions, strict=True))
+        expected = sum(share(f, w.topology.active) for w, f in zip(weights, fractions, strict=True))
         if not any(fractions):
             return [w.topology for w in weights]
         # A weight that no gradient reached at the last update did not see tau change.
         tau, uses = max((_threshold(w, first) for w in weights), key=lambda pair: pair[1])
         kept = [_above(w, tau) if f > 0 else w.topology for w, f in zip(weights, fractions, strict=True)]
-        dropped = sum(w.topology.nnz - k.nnz for w, k in zip(weights, kept, strict=True))
+        dropped = sum(w.topology.active - k.active for w, k in zip(weights, kept, strict=True))
         if dropped < (1 - tolerance) * expected:
             tau = min(2 * tau, _LARGEST)
         elif dropped > (1 + tolerance) * expected:
@@ -139,13 +142,16 @@ def _threshold(weight: SparseWeight, first: float) -> tuple[float, float]:
 
 
 def _above(weight: SparseWeight, tau: float) -> Topology:
-    score = weight.values().abs().double()
+    score = unit_scores(weight, magnitude).double()
     count = int((score > tau).sum())
-    return keep_highest(weight, score, max(count, min(1, weight.topology.nnz)))
+    return keep_highest(weight, score, max(count, min(1, weight.topology.active)))
 
 
 def lowest_per_sign(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
     """Drop the smallest positive and the largest negative values: ceil(fraction n) of each sign, and every zero.
+
+    Raises:
+        ValueError: when a value is NaN, or units have more than one entry, whose signs differ; naming the weight.
 
     Source: Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse connectivity
     inspired by network science, Algorithm 1 and its published code. Here a weight keeps its zeros when its fraction
@@ -157,6 +163,11 @@ def lowest_per_sign(weights: Sequence[SparseWeight], fractions: Sequence[float])
 def _per_sign(weight: SparseWeight, fraction: float) -> Topology:
     if fraction == 0:
         return weight.topology
+    if not weight.topology.is_unstructured:
+        raise ValueError(
+            f"{weight.name} has units of {' x '.join(map(str, weight.topology.unit))} entries, which have no one sign: "
+            "drop smallest, or leave out structure="
+        )
     values = weight.values()
     if bool(values.isnan().any()):
         raise ValueError(f"{weight.name}: {int(values.isnan().sum()):,} of {values.numel():,} values are NaN: diverged")
@@ -164,12 +175,34 @@ def _per_sign(weight: SparseWeight, fraction: float) -> Topology:
     kept = []
     for of_sign in (values > 0, values < 0):
         count = int(of_sign.sum())
-        chosen = Topology(weight.shape, indices[of_sign])
+        chosen = weight.topology.at(indices[of_sign])
         kept.append(chosen.keep(values[of_sign].abs(), count - min(count, math.ceil(fraction * count - 1e-9))).indices)
-    return Topology(weight.shape, torch.cat(kept).sort().values)
+    return weight.topology.at(torch.cat(kept).sort().values)
 
 
-def share(fraction: float, nnz: int) -> int:
-    """floor(fraction nnz), forgiving the representation error of products like 0.29 x 100: 1e-9, or 4 ulp if more."""
-    exact = fraction * nnz
-    return min(nnz, math.floor(exact + max(1e-9, 4 * math.ulp(exact))))
+def require_equal_units(what: str, weights: Sequence[SparseWeight]) -> None:
+    """Raise ValueError when `what` would trade units of different sizes between weights, naming two of them."""
+    for weight in weights[1:]:
+        if weight.topology.unit_size != weights[0].topology.unit_size:
+            first, other = (f"{w.name} of {w.topology.unit_size}" for w in (weights[0], weight))
+            raise ValueError(
+                f"{what} moves units from one weight to another, and they differ in size ({first} entries, {other}): "
+                "give all weights units of one size"
+            )
+
+
+def _on_grid(weight: SparseWeight) -> Shaped:
+    """The grid of units as a weight of entries, in which an allocation counts each alike."""
+    topology = weight.topology
+    grid = Topology.trusted(topology.grid, topology.starts, topology.columns)
+    return Shaped(weight.name, topology.grid, grid, weight.out_axis, weight.in_axis)
+
+
+def _word(weights: Sequence[SparseWeight]) -> str:
+    return "entries" if all(w.topology.is_unstructured for w in weights) else "units"
+
+
+def share(fraction: float, count: int) -> int:
+    """floor(fraction count), forgiving the representation error of products like 0.29 x 100: 1e-9, or 4 ulp if more."""
+    exact = fraction * count
+    return min(count, math.floor(exact + max(1e-9, 4 * math.ulp(exact))))

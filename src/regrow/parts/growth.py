@@ -16,6 +16,7 @@ from torch import Tensor
 from regrow.core import selection
 from regrow.core.method import Field, Growth, Need, Statistic
 from regrow.core.topology import Topology
+from regrow.core.units import by_unit
 from regrow.core.weight import SparseWeight
 from regrow.parts import drops
 from regrow.parts.allocation import apportion
@@ -40,11 +41,11 @@ def momentum(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
 
 
 def at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
-    """Positions drawn uniformly among those outside `taken`, in O(count + nnz); a `Growth`.
+    """Positions drawn uniformly among those outside `taken`, in O(count + active); a `Growth`.
 
     Source: Mocanu et al. 2018, Algorithm 1.
     """
-    ranks = torch.from_numpy(weight.generator.subset(taken.numel - taken.nnz, count))
+    ranks = torch.from_numpy(weight.generator.subset(taken.places - taken.active, count))
     return taken.inactive(ranks)
 
 
@@ -152,13 +153,13 @@ def highest_per_neuron(field: Field) -> Growth:
 
     def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
         _require_room(weight, taken, count)
-        neuron, neurons = _neuron_of(weight), weight.shape[weight.out_axis]
+        neuron, neurons = _neuron_of(weight), weight.topology.grid[weight.out_axis]
         # On the CPU and in order, so that every rank and run has the same sums.
         sums = torch.zeros(neurons, dtype=torch.float64)
         for first, score in _scores(weight, field):
             at = neuron(torch.arange(first, first + score.numel()))
             sums += torch.bincount(at, score.double().cpu(), minlength=neurons)
-        size = weight.topology.numel // neurons
+        size = weight.topology.places // neurons
         free = size - torch.bincount(neuron(taken.indices.cpu()), minlength=neurons)
         quota = torch.tensor(apportion((sums / size).tolist(), count, free.tolist()))
         best = torch.empty(0, dtype=torch.int64), torch.empty(0)
@@ -175,13 +176,13 @@ def highest_per_neuron(field: Field) -> Growth:
 
 
 def sampled_gradient(gamma: float) -> Growth:
-    """Grow where |gradient| is largest among floor(gamma nnz) candidates drawn uniformly outside the taken entries.
+    """Grow where |gradient| is largest among floor(gamma active) candidates drawn uniformly outside the taken entries.
 
     There are at least as many candidates as entries to grow, and at most as many as there are free positions. The
     gradient is read at the candidates alone. Equal values go to the lower position.
 
     Args:
-        gamma: candidates per active entry, finite and at least 0.
+        gamma: candidates per active unit, finite and at least 0.
 
     Raises:
         ValueError: from the growth, when a gradient is not finite, naming the weight.
@@ -192,10 +193,11 @@ def sampled_gradient(gamma: float) -> Growth:
         raise ValueError(f"sampled_gradient: gamma must be finite and at least 0, got {gamma:g}")
 
     def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
-        free = taken.numel - taken.nnz
-        candidates = at_random(weight, taken, min(free, max(count, math.floor(gamma * weight.topology.nnz))))
+        wanted = max(count, math.floor(gamma * weight.topology.active))
+        candidates = at_random(weight, taken, min(taken.places - taken.active, wanted))
         score = weight.grads_at(candidates).abs()
         require_finite(weight, score)
+        score = taken.at(candidates).pooled(score, weight.pool)
         return candidates[selection.highest(score, count).to(candidates.device)]
 
     return Reading(grow, Need.GRADIENT)
@@ -234,17 +236,26 @@ def _needs_of_field(field: Field) -> Need:
 
 
 def _require_room(weight: SparseWeight, taken: Topology, count: int) -> None:
-    free = taken.numel - taken.nnz
+    free = taken.places - taken.active
     if free < count:
-        raise ValueError(f"{weight.name}: cannot grow {count:,} entries, only {free:,} are free")
+        what = "entries" if taken.is_unstructured else "units"
+        raise ValueError(f"{weight.name}: cannot grow {count:,} {what}, only {free:,} are free")
 
 
 def _scores(weight: SparseWeight, field: Field) -> Iterator[tuple[int, Tensor]]:
-    """|field| in float32 or wider, block by block; not finite is an error that names the weight."""
-    for first, values in field(weight):
+    """|field| of each unit in float32 or wider, as (first position, block (n,)), ascending.
+
+    Raises:
+        ValueError: when it is not finite, naming the weight.
+    """
+    place = 0
+    for _, values in field(weight):
         score = values.abs() if values.dtype == torch.float64 else values.abs().float()
         require_finite(weight, score)
-        yield first, score
+        if not weight.topology.is_unstructured:
+            score = weight.pool(*by_unit(weight.shape, weight.topology.unit, score))
+        yield place, score
+        place += score.numel()
 
 
 def require_finite(weight: SparseWeight, score: Tensor) -> None:
@@ -258,8 +269,9 @@ def require_finite(weight: SparseWeight, score: Tensor) -> None:
 
 
 def _neuron_of(weight: SparseWeight) -> Callable[[Tensor], Tensor]:
-    """Flat positions (n,) -> the output neuron of each (n,)."""
-    stride, neurons = math.prod(weight.shape[weight.out_axis + 1 :]), weight.shape[weight.out_axis]
+    """Flat positions (n,) -> the output neuron, or the row of units, of each (n,)."""
+    grid = weight.topology.grid
+    stride, neurons = math.prod(grid[weight.out_axis + 1 :]), grid[weight.out_axis]
     return lambda positions: positions // stride % neurons
 
 

@@ -33,16 +33,16 @@ def keep_momentum(decay: float) -> Observer:
 
 
 def mark_explored(weight: SparseWeight, before: Topology | None = None) -> None:
-    """Keep `EXPLORED`, every position that was ever active, and `PLACED`, how often an entry became active.
+    """Keep `EXPLORED`, every unit that was ever active, and `PLACED`, how often one became active.
 
-    The entries of the first topology count too. After a change of topology, `before` is what it was.
+    The units of the first topology count too. After a change of topology, `before` is what it was.
 
     Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, section 3.2.
     """
     now = weight.topology
-    explored = EXPLORED.begin(weight, lambda: torch.zeros(now.numel, dtype=torch.bool))
+    explored = EXPLORED.begin(weight, lambda: torch.zeros(now.places, dtype=torch.bool))
     placed = PLACED.begin(weight, lambda: torch.zeros((), dtype=torch.int64))
-    placed += now.nnz if before is None else now.without(before).numel()
+    placed += now.active if before is None else now.without(before).numel()
     if now.is_dense:
         explored[:] = True
     else:

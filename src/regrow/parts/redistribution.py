@@ -18,7 +18,7 @@ from regrow.parts.remembered import MOMENTUM
 def mean_momentum(weight: SparseWeight, kept: Topology) -> float:
     """Mean |v| over active entries, with v from `keep_momentum`; 0 for an empty weight."""
     momentum = MOMENTUM.of(weight)
-    return _mean(momentum[weight.topology.indices.to(momentum.device)].abs())
+    return _mean(momentum[weight.topology.entries.to(momentum.device)].abs())
 
 
 def mean_magnitude(weight: SparseWeight, kept: Topology) -> float:
@@ -32,12 +32,12 @@ def nonzeros(weight: SparseWeight, kept: Topology) -> float:
 
 
 def survivors(weight: SparseWeight, kept: Topology) -> float:
-    """Number of entries that stay.
+    """Number of units that stay.
 
     Source: Mostafa and Wang 2019, Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
     Reparameterization, Algorithm 1 (l_i).
     """
-    return float(kept.nnz)
+    return float(kept.active)
 
 
 def _mean(values: Tensor) -> float:

@@ -75,16 +75,16 @@ MOMENTUM = Remembered("momentum", "running mean of gradients", "give the method 
 _RECORD = "record of explored positions", "add Need.EXPLORED to the needs of the method"
 
 EXPLORED = Remembered("explored", *_RECORD)
-"""Which positions were ever active, bool (numel,), that `mark_explored` keeps."""
+"""Which units were ever active, bool (places,), that `mark_explored` keeps."""
 
 PLACED = Remembered("placed", *_RECORD)
-"""How often an entry became active, int64 (), that `mark_explored` keeps."""
+"""How often a unit became active, int64 (), that `mark_explored` keeps."""
 
 DROP_THRESHOLD = Remembered("threshold", "drop threshold", "drop by adaptive_threshold() once")
 """The threshold of `adaptive_threshold` and how often it was used, float64 (2,)."""
 
 TARGET = Remembered("target", "number of entries to come back to", "update it by a soft memory bound once")
-"""How many entries a weight had before it held more for a while, int64 ()."""
+"""How many units a weight had before it held more for a while, int64 ()."""
 
 _LATENT = "give the method a Latent"
 

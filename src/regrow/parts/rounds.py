@@ -69,7 +69,7 @@ def remaining(topologies: Sequence[Topology]) -> list[Topology]:
 
 def every_position(topologies: Sequence[Topology]) -> list[Topology]:
     """All: pruned entries may come back; `Candidates`."""
-    return [Topology(t.shape) for t in topologies]
+    return [t.at(None) for t in topologies]
 
 
 def in_rounds(
@@ -94,8 +94,8 @@ def in_rounds(
     _require(name, density, rounds)
 
     def make(weights: Weights, probe: Probe) -> None:
-        values = [w.values() for w in weights]
-        topologies = [Topology(w.shape) for w in weights]
+        values = [_by_position(w) for w in weights]
+        topologies = [w.topology.at(None) for w in weights]
         for number in range(1, rounds + 1):
             scores = score(probe, values, topologies)
             total = None if density is None else weights.total(density ** (number / rounds))
@@ -109,6 +109,12 @@ def in_rounds(
     return Start(make, require=lambda weights: weights.require(density), needs_batches=True)
 
 
+def _by_position(weight: SparseWeight) -> Tensor:
+    """The values of a weight with its zeros, (numel,)."""
+    values = weight.values()
+    return values.new_zeros(weight.topology.numel).index_copy_(0, weight.topology.entries.to(values.device), values)
+
+
 def _highest(
     weights: Weights,
     candidates: Sequence[Topology],
@@ -117,7 +123,8 @@ def _highest(
     total: int | None,
 ) -> list[Topology]:
     sized = [Shaped(w.name, w.shape, t, w.out_axis, w.in_axis) for w, t in zip(weights, candidates, strict=True)]
-    among = [s if t.is_dense else s[t.indices.to(s.device)] for s, t in zip(scores, candidates, strict=True)]
+    active = [s[t.entries.to(s.device)] for s, t in zip(scores, candidates, strict=True)]
+    among = [t.pooled(s, w.pool) for w, t, s in zip(weights, candidates, active, strict=True)]
     counts = allocate(sized, among, total)
     return [t.keep(s, n) for t, s, n in zip(candidates, among, counts, strict=True)]
 

@@ -9,6 +9,11 @@ from regrow.core.method import Score
 from regrow.core.weight import SparseWeight
 
 
+def unit_scores(weight: SparseWeight, score: Score) -> Tensor:
+    """What drops and pruning rank: one number for each active unit, (active,), pooled from those of its entries."""
+    return weight.topology.pooled(score(weight), weight.pool)
+
+
 def magnitude(weight: SparseWeight) -> Tensor:
     """|w|, (nnz,).
 

@@ -29,7 +29,7 @@ def dense() -> Start:
 
 
 def random_topology(density: float | None, allocate: Allocation, structure: Structure | None = None) -> Start:
-    """Uniformly random positions with exact counts, sampled in O(nnz) from shapes alone.
+    """Uniformly random units with exact counts, sampled in O(active) from shapes alone.
 
     Density None leaves the counts to an `explicit` allocation. A `structure` gets a random score of every position,
     at O(numel) for one weight at a time.
@@ -38,11 +38,13 @@ def random_topology(density: float | None, allocate: Allocation, structure: Stru
     """
 
     def drawn(weight: SparseWeight, count: int) -> Topology:
-        if count == weight.topology.numel:
-            return Topology(weight.shape)
+        all_of_it = weight.topology.at(None)
+        if count == all_of_it.places:
+            return all_of_it
         if structure is not None:
-            return structure(weight, torch.from_numpy(weight.generator.uniform(weight.topology.numel)), count)
-        return Topology(weight.shape, torch.from_numpy(weight.generator.subset(weight.topology.numel, count)))
+            draws = torch.from_numpy(weight.generator.uniform(weight.topology.numel))
+            return structure(weight, everywhere(weight, draws), count)
+        return all_of_it.at(torch.from_numpy(weight.generator.subset(all_of_it.places, count)))
 
     def make(weights: Weights, probe: Probe) -> None:
         total = None if density is None else weights.total(density)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from regrow.core import selection
-from regrow.core.method import Structure
+from regrow.core.method import Structure, Units
 from regrow.core.topology import Topology
-from regrow.core.weight import SparseWeight
+from regrow.core.units import Pool, by_unit, mean
+from regrow.core.weight import Sized, SparseWeight
 
 
 def unstructured(weight: SparseWeight, score: Tensor, count: int) -> Topology:
@@ -26,40 +27,87 @@ def unstructured(weight: SparseWeight, score: Tensor, count: int) -> Topology:
     return Topology(weight.shape, None if count == score.numel() else selection.highest(score, count))
 
 
-def rows(weight: SparseWeight, score: Tensor, count: int) -> Topology:
-    """Whole output neurons or filters of highest mean score; a `Structure`.
+class Boxes(Units):
+    """Units that are also a `Structure`: the boxes of highest pooled score, of which a start or a ramp may be made.
 
-    An output has all its allowed entries or none. The number of outputs that stay is the one whose entries are nearest
-    to `count`; of two equally near numbers it is the smaller. At least one output stays, so that no weight is emptied.
-
-    Source: Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.1 (there the sum, which ranks alike).
+    What a box has of allowed entries is active or not together; the number of boxes that stay is the one whose entries
+    are nearest to the count. Of two equally near numbers it is the smaller. At least one box stays, so that no weight
+    is emptied. As the `structure=` of a recipe the boxes are the units of its topologies.
     """
-    steps = [1 if axis == weight.out_axis else size for axis, size in enumerate(weight.shape)]
-    return _whole(weight, _checked("rows", weight, score, count), count, steps)
+
+    def __call__(self, weight: SparseWeight, score: Tensor, count: int) -> Topology:
+        """The topology of single entries, those of the best boxes.
+
+        Args:
+            weight: whose axes are divided.
+            score: of every position (numel,), -inf where an entry is not allowed.
+            count: entries.
+        """
+        score = _checked("units", weight, score, count).detach().cpu()
+        unit, allowed = self.box(weight), score > -math.inf
+        numbers, _ = by_unit(weight.shape, unit, score.double().masked_fill(~allowed, 0.0))
+        there, _ = by_unit(weight.shape, unit, allowed)
+        sizes = there.sum(1)
+        some = sizes.nonzero().view(-1)
+        order = some[self.pool(numbers[some], there[some]).argsort(descending=True, stable=True)]
+        reached = sizes[order].cumsum(0)
+        taken = int(np.abs(reached.numpy() - count).argmin()) + 1 if len(order) else 0
+        chosen = Topology(weight.shape, order[:taken].sort().values, unit).mask.view(-1)
+        return _topology(weight, chosen & allowed)
 
 
-def blocks(height: int, width: int) -> Structure:
-    """Blocks of `height` consecutive outputs and `width` consecutive inputs, of highest mean score.
+rows = Boxes(lambda weight: tuple(1 if a == weight.out_axis else n for a, n in enumerate(weight.shape)), mean)
+"""Whole output neurons or filters, of highest mean score; `Units`, and a `Structure`.
+
+Source: Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.1 (there the sum, which ranks alike).
+"""
+
+
+def blocks(height: int, width: int, pool: Pool = mean) -> Boxes:
+    """Blocks of `height` consecutive outputs and `width` consecutive inputs; `Units`, and a `Structure`.
 
     Each position of a convolution's kernel has blocks of its own. Blocks at the edge are smaller where the sizes do not
-    divide. The number of blocks that stay is the one whose entries are nearest to the count, by the rule of `rows`.
+    divide. A block is ranked by the mean of its entries' scores unless another `pool` is given.
 
     Args:
         height: outputs of a block, 1 or more.
         width: inputs of a block, 1 or more.
+        pool: `mean`, `root_mean_square`, `largest`, or any other.
+
+    Raises:
+        ValueError: for a size below 1.
 
     Source: Narang et al. 2017, Block-Sparse Recurrent Neural Networks, section 3 (there the maximum, not the mean).
+
+    Examples:
+        >>> from regrow import methods
+        >>> methods.rigl(0.1, until=1000, structure=blocks(4, 4)).name
+        'rigl'
     """
     if height < 1 or width < 1:
         raise ValueError(f"blocks: height and width must be at least 1, got {height} x {width}")
-    name = f"blocks({height}, {width})"
 
-    def structure(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+    def box(weight: Sized) -> tuple[int, ...]:
         steps = [1] * len(weight.shape)
         steps[weight.out_axis], steps[weight.in_axis] = height, width
-        return _whole(weight, _checked(name, weight, score, count), count, steps)
+        return tuple(steps)
 
-    return structure
+    return Boxes(box, pool)
+
+
+def groups(size: int, pool: Pool = mean) -> Boxes:
+    """Groups of `size` consecutive outputs that share an input, as `blocks(size, 1)`: what CPUs run fastest.
+
+    Each activation that is loaded serves all outputs of a group. `blocks(1, size)` is the transpose.
+
+    Args:
+        size: outputs of a group, 1 or more.
+        pool: as for `blocks`.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+    return blocks(size, 1, pool)
 
 
 def n_of_m(n: int, m: int) -> Structure:
@@ -139,7 +187,7 @@ def constant_fan_in(weight: SparseWeight, score: Tensor, count: int) -> Topology
 
 def fan_ins(topology: Topology, out_axis: int) -> Tensor:
     """How many entries each output has, (outputs,) int64."""
-    return outputs_of(topology.indices, topology.shape, out_axis).bincount(minlength=topology.shape[out_axis])
+    return outputs_of(topology.entries, topology.shape, out_axis).bincount(minlength=topology.shape[out_axis])
 
 
 def outputs_of(positions: Tensor, shape: Sequence[int], out_axis: int) -> Tensor:
@@ -210,28 +258,6 @@ def _checked(name: str, weight: SparseWeight, score: Tensor, count: int) -> Tens
     if not 0 <= count <= allowed:
         raise ValueError(f"{name}: {weight.name} has {allowed:,} allowed entries, and {count:,} are asked for")
     return score
-
-
-def _whole(weight: SparseWeight, score: Tensor, count: int, steps: Sequence[int]) -> Topology:
-    """Whole groups of highest mean, which span `steps` positions along each axis."""
-    group, groups = torch.zeros((), dtype=torch.int64), 1
-    for axis, (size, step) in enumerate(zip(weight.shape, steps, strict=True)):
-        along = torch.arange(size).div(step, rounding_mode="floor")
-        number = -(-size // step)
-        group = group * number + along.view([-1 if a == axis else 1 for a in range(len(steps))])
-        groups *= number
-    # Sums on the CPU in float64, since on a GPU their order, and with it a near tie, is not the same in every run.
-    score, group = score.detach().cpu().double(), group.expand(weight.shape).reshape(-1)
-    allowed = score > -math.inf
-    sizes = group[allowed].bincount(minlength=groups)
-    total = torch.zeros(groups, dtype=torch.float64).index_add_(0, group[allowed], score[allowed])
-    there = sizes.nonzero().view(-1)
-    order = there[(total[there] / sizes[there]).argsort(descending=True, stable=True)]
-    reached = sizes[order].cumsum(0)
-    taken = int(np.abs(reached.numpy() - count).argmin()) + 1 if len(order) else 0
-    chosen = torch.zeros(groups, dtype=torch.bool)
-    chosen[order[:taken]] = True
-    return _topology(weight, chosen[group] & allowed)
 
 
 def _lines(weight: SparseWeight, values: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from regrow.core.method import Allocation, Drop, Growth, Regrow, Rule, Score, St
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight, Weights
 from regrow.parts import allocation
-from regrow.parts.drops import keep_highest
+from regrow.parts.drops import keep_highest, require_equal_units
 from regrow.parts.schedules import Schedule
+from regrow.parts.scores import unit_scores
 
 _log = logging.getLogger("regrow")
 
@@ -22,8 +23,8 @@ _log = logging.getLogger("regrow")
 def prune(density: Schedule, score: Score, allocate: Allocation, structure: Structure | None = None) -> Update:
     """Lower the density to `density(step)`, keeping the highest `score` within the counts of `allocate`.
 
-    A `structure` says which patterns are allowed; without one every entry stands for itself. Gated by `every`, a ramp
-    runs once more at its own end, so that its last density is reached exactly.
+    A `structure` says which patterns are allowed; without one every unit stands for itself. Gated by `every`, a ramp
+    runs once more at its own end, so that its last density is reached exactly, or as nearly as whole units allow.
 
     Source: Zhu and Gupta 2017, To prune, or not to prune, section 3.
     """
@@ -41,7 +42,7 @@ def prune_to(
     weights: Weights, total: int | None, score: Score, allocate: Allocation, structure: Structure | None = None
 ) -> None:
     """Keep `total` entries of highest `score` within the counts of `allocate`; None leaves the total to it."""
-    scores = [score(w) for w in weights]
+    scores = [unit_scores(w, score) for w in weights]
     counts = allocate(weights, scores, total)
     rewire(weights, [_kept(w, s, n, structure) for w, s, n in zip(weights, scores, counts, strict=True)])
 
@@ -53,7 +54,16 @@ def _kept(weight: SparseWeight, score: Tensor, count: int, structure: Structure 
 
 
 def everywhere(weight: SparseWeight, score: Tensor) -> Tensor:
-    """The `score` (nnz,) of active entries as one of every position (numel,), -inf where nothing is active."""
+    """The `score` (nnz,) of active entries as one of every position (numel,), -inf where nothing is active.
+
+    Raises:
+        ValueError: when entries are active in units, which a pattern of entries would tear apart, naming the weight.
+    """
+    if not weight.topology.is_unstructured:
+        raise ValueError(
+            f"{weight.name} is made of units of {' x '.join(map(str, weight.topology.unit))} entries, and a structure "
+            "chooses single entries: give one of them"
+        )
     scores = torch.full((weight.topology.numel,), -math.inf, dtype=score.dtype, device=score.device)
     scores[weight.topology.indices.to(score.device)] = score
     return scores
@@ -66,10 +76,12 @@ def drop_and_grow(
     redistribute: Statistic | None = None,
     regrow_dropped: Regrow = "keep",
 ) -> Update:
-    """Drop a fraction of every weight's active entries and grow as many: the total never changes.
+    """Drop a fraction of every weight's active units and grow as many: the total never changes.
+
+    A unit is an entry unless the method says otherwise.
 
     Args:
-        fraction: the share of active entries that is dropped at a step; floor(fraction nnz) in each weight.
+        fraction: the share of active units that is dropped at a step; floor(fraction active) in each weight.
         drop: what stays.
         grow: where new entries appear.
         redistribute: each weight's share of all that was dropped, limited by the room it has; None gives every
@@ -89,7 +101,7 @@ def drop_and_grow(
         free = [_room(w.topology) for w in live]
         share = fraction(step)
         shares = [
-            min(share, n / w.topology.nnz) if regrow_dropped == "forbid" and w.topology.nnz else share
+            min(share, n / w.topology.active) if regrow_dropped == "forbid" and w.topology.active else share
             for w, n in zip(live, free, strict=True)
         ]
         kept = drop(live, shares)
@@ -117,7 +129,7 @@ def reached(weights: Weights, step: int) -> list[SparseWeight]:
 def grown_counts(
     live: Sequence[SparseWeight], kept: Sequence[Topology], taken: Sequence[Topology], redistribute: Statistic | None
 ) -> list[int]:
-    """How many entries each weight grows: in all as many as were dropped, shared out by a statistic or as they were.
+    """How many units each weight grows: in all as many as were dropped, shared out by a statistic or as they were.
 
     Args:
         live: the weights as they are before the update.
@@ -126,11 +138,12 @@ def grown_counts(
         redistribute: each weight's share; None gives every weight back what it lost.
 
     Raises:
-        ValueError: when a share is negative or not finite, naming the weight.
+        ValueError: when a share is negative or not finite, naming the weight, or when units differ in size.
     """
-    dropped = [w.topology.nnz - k.nnz for w, k in zip(live, kept, strict=True)]
+    dropped = [w.topology.active - k.active for w, k in zip(live, kept, strict=True)]
     if redistribute is None:
         return dropped
+    require_equal_units("redistribute", live)
     shares = [redistribute(w, k) for w, k in zip(live, kept, strict=True)]
     for weight, value in zip(live, shares, strict=True):
         if not 0 <= value < math.inf:
@@ -139,17 +152,27 @@ def grown_counts(
 
 
 def _room(taken: Topology) -> int:
-    return taken.numel - taken.nnz
+    return taken.places - taken.active
 
 
 def _within(weight: SparseWeight, kept: Topology, room: int) -> Topology:
-    """`kept`, and the dropped entries that no free position can replace: the ones at the lowest positions come back."""
+    """`kept`, and the dropped units that no free position can replace: the ones at the lowest positions come back."""
     dropped = weight.topology.without(kept)
     return kept.add(dropped[: max(0, dropped.numel() - room)])
 
 
 def rewire(weights: Sequence[SparseWeight], topologies: Sequence[Topology]) -> None:
-    """Give each weight its new topology; all are known before the first changes, so errors leave all as they were."""
+    """Give each weight its new topology; all are known before the first changes, so errors leave all as they were.
+
+    Raises:
+        ValueError: when a topology is made of other units than the weight, naming it.
+    """
+    for weight, topology in zip(weights, topologies, strict=True):
+        if topology.unit != weight.topology.unit:
+            raise ValueError(
+                f"{weight.name} is made of units of {' x '.join(map(str, weight.topology.unit))} entries, and its new "
+                f"topology of {' x '.join(map(str, topology.unit))}: make it by weight.topology.at(positions)"
+            )
     for weight, topology in zip(weights, topologies, strict=True):
         weight.rewire(topology)
 

@@ -52,7 +52,7 @@ class CompressedParameter(Stored):
         self.shape = tuple(shape)
         self.holders = list(holders)
         self.operands = KeptOperands(self.gradient, memory)
-        rows = self.shape[0] // len(draft.weights)
+        rows = self.whole.rows // len(draft.weights)
         self._weights = [
             CompressedWeight(self, weight, (i * rows, (i + 1) * rows)) for i, weight in enumerate(draft.weights)
         ]
@@ -159,7 +159,7 @@ class CompressedParameter(Stored):
         """Change the topology of the whole parameter, carrying values, gradient and state of the survivors."""
         forget_other_state(self.optimizer, self.parameter)
         old = self.whole
-        source = new.ranks_in(old)
+        source = new.entry_ranks_in(old)
         state = weight_shaped_state(self.optimizer, self.parameter)
         moments = {key: self._moments(s, old, new) for key, s in state.items() if key in SECOND_MOMENTS}
         newcomers = source < 0
@@ -175,7 +175,7 @@ class CompressedParameter(Stored):
         for key, moment in moments.items():
             state[key][: new.nnz][newcomers] = moment
         if grad is not None and early is not None:
-            positions = Topology(new.shape, new.without(old))
+            positions = new.at(new.without(old))
             self.operands.grow_early(grad[: new.nnz], newcomers, positions, early)
         del source, newcomers
         self.restore(new)
@@ -187,11 +187,11 @@ class CompressedParameter(Stored):
 
     def _moments(self, moment: Tensor, old: Topology, new: Topology) -> Tensor:
         """The second moments that newcomers start with, in their order."""
-        grown = self.operands.at(Topology(new.shape, new.without(old))) if self.looked else None
+        grown = self.operands.at(new.at(new.without(old))) if self.looked else None
         parts, first = [], 0
         for weight in self._weights:
             before, after = old.block(*weight.rows), new.block(*weight.rows)
-            begin, count = int(old.starts[weight.rows[0]]), after.without(before).numel()
+            begin, count = old.first_entry(weight.rows[0]), after.at(after.without(before)).nnz
             active = moment[begin : begin + before.nnz]
             here = None if grown is None else grown[first : first + count]
             parts.append(starting_moment(self.optimizer, self.parameter, active, here, count))
@@ -200,11 +200,18 @@ class CompressedParameter(Stored):
 
 
 class CompressedWeight:
-    """A `SparseWeight` over a block of rows of a compressed parameter."""
+    """A `SparseWeight` over a block of rows of a compressed parameter.
+
+    Args:
+        owner: of the parameter.
+        draft: what the weight was before.
+        rows: of the parameter's grid of units, from first to last.
+    """
 
     def __init__(self, owner: CompressedParameter, draft: SparseWeight, rows: tuple[int, int]) -> None:
         self.owner = owner
         self.rows = rows
+        self.pool = draft.pool
         self.name = draft.name
         self.out_axis = draft.out_axis
         self.in_axis = draft.in_axis
@@ -224,8 +231,8 @@ class CompressedWeight:
 
     def _active(self, tensor: Tensor) -> Tensor:
         """This weight's part of a tensor that is shaped like the parameter, (nnz,): a view."""
-        starts = self.owner.whole.starts
-        return tensor.detach()[int(starts[self.rows[0]]) : int(starts[self.rows[1]])]
+        whole = self.owner.whole
+        return tensor.detach()[whole.first_entry(self.rows[0]) : whole.first_entry(self.rows[1])]
 
     def values(self) -> Tensor:
         """Active values, (nnz,)."""
@@ -240,17 +247,17 @@ class CompressedWeight:
         return self._active(self.owner.gradient.read())
 
     def grad_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The gradient at every position, in blocks of whole rows."""
-        kept, (low, high) = self.owner.kept(), self.rows
-        size = max(1, math.prod(self.shape[1:]))
-        step = max(1, _BLOCK // size)
+        """The gradient at every position, in blocks of whole rows of units."""
+        kept, unit, size = self.owner.kept(), self.topology.unit[0], math.prod(self.shape[1:])
+        low, high = self.rows[0] * unit, min(self.rows[1] * unit, self.owner.shape[0])
+        step = max(unit, _BLOCK // max(1, size) // unit * unit)
         for row in range(low, high, step):
-            yield (row - low) * size, kept.rows(row, min(high, row + step), math.prod(self.shape[1:]))
+            yield (row - low) * size, kept.rows(row, min(high, row + step), size)
 
     def grads_at(self, positions: Tensor) -> Tensor:
-        """The gradient at ascending flat `positions` (n,), (n,)."""
-        first = self.rows[0] * math.prod(self.shape[1:])
-        return self.owner.kept().at(Topology(self.owner.shape, positions + first))
+        """The gradient at the entries of the units at ascending `positions` (n,)."""
+        whole = self.owner.whole
+        return self.owner.kept().at(whole.at(positions + self.rows[0] * whole.row_size))
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""

@@ -211,8 +211,10 @@ def masked_twin(
     weights: Sequence[SparseWeight] = other.weights
     names, out_axis, in_axis = [w.name for w in weights], weights[0].out_axis, weights[0].in_axis
     twin = MaskedParameter(other.parameter, other.optimizer, names, out_axis, in_axis)
-    for weight, topology, state in zip(twin.weights, topologies, states, strict=True):
+    for weight, old, topology, state in zip(twin.weights, weights, topologies, states, strict=True):
+        weight.pool = old.pool
         weight.state = dict(state)
+        weight.topology = topology.at(None)
         weight.rewire(topology)
     return twin
 
@@ -249,10 +251,10 @@ class MaskedWeight(DenseRows):
         self.owner.write_mask(self.rows, self.topology.mask)
 
     def _starting_moment(self, moment: Tensor, topology: Topology) -> tuple[Tensor, Tensor]:
-        """Newcomers' positions and the second moment they start with, both (n,)."""
-        positions = topology.without(self.topology)
-        grown = self.grads_at(positions) if self.owner.looked else None
-        owner = self.owner
+        """The newcomers' entries and the second moment they start with, both (n,)."""
+        newcomers = topology.without(self.topology)
+        grown = self.grads_at(newcomers) if self.owner.looked else None
+        positions, owner = topology.entries_of(newcomers), self.owner
         return positions, starting_moment(
             owner.optimizer, owner.parameter, self.active(self.block(moment)), grown, positions.numel()
         )

@@ -163,11 +163,19 @@ class KeptOperands:
 
     def _sampled(self, topology: Topology, keeper: kernels.Keeper) -> Tensor:
         """The gradient at the entries of `topology` as it accumulated from what a keeper holds, (nnz,)."""
-        index = kernels.index(topology)
         total = self.gradient.parameter.detach().new_zeros(topology.nnz)
+        if kernels.has_kernels(topology):
+            units = kernels.unit_index(topology)
+            for operands in keeper.kept:
+                total += kernels.sampled(operands, units).view(-1)
+            return _mean_over_ranks(total)
+        positions, order = topology.entries.sort()
+        index = kernels.index(topology if topology.is_unstructured else Topology(topology.shape, positions))
         for operands in keeper.kept:
             total += kernels.sampled(operands, index)
-        return _mean_over_ranks(total)
+        return _mean_over_ranks(
+            total if topology.is_unstructured else torch.empty_like(total).index_copy_(0, order, total)
+        )
 
     def _claim(self, more: int) -> None:
         """Before operands are kept: forget those of earlier passes, unless the gradient contains them."""

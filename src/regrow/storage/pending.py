@@ -142,7 +142,7 @@ class PendingWeight(DenseRows):
         """Note the topology; what comes back starts at zero, although its value is still there."""
         owner = self.owner
         # Nothing comes back to what is whole, and to look for it would cost as much as the dense weight.
-        newcomers = None if self.topology.is_dense else topology.without(self.topology)
+        newcomers = None if self.topology.is_dense else topology.entries_of(topology.without(self.topology))
         if newcomers is not None and newcomers.numel() and not owner.parameter.is_meta:
             state = weight_shaped_state(owner.optimizer, owner.parameter)
             moments = {
@@ -210,5 +210,6 @@ def _gathered(dense: Tensor, topology: Topology, capacity: int) -> Tensor:
     """The active entries of a dense tensor and zeros, (capacity,)."""
     values = dense.new_zeros(capacity)
     flat = dense.detach().reshape(-1)
-    values[: topology.nnz] = flat if topology.is_dense else flat[topology.indices.to(flat.device)]
+    whole = topology.is_dense and topology.is_unstructured
+    values[: topology.nnz] = flat if whole else flat[topology.entries.to(flat.device)]
     return values

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from regrow.core.draws import Stream
+from regrow.core.method import Units
 from regrow.core.topology import Topology
+from regrow.core.units import Pool, mean
 from regrow.storage.stored import Draft
 
 
@@ -38,8 +40,23 @@ class DenseRows:
         self.in_axis = in_axis
         self.shape = (rows.stop - rows.start, *owner.parameter.shape[1:])
         self.topology = Topology(self.shape)
+        self.pool: Pool = mean
         self.generator = Stream(0, name, 0)
         self.state: dict[str, Tensor] = {}
+
+    def divide(self, units: Units) -> None:
+        """Be made of `units` from now on, all of which are active.
+
+        Raises:
+            ValueError: when a unit would span two blocks of the parameter, naming the weight.
+        """
+        unit = units.box(self)
+        if len(self.owner.weights) > 1 and self.shape[0] % unit[0]:
+            raise ValueError(
+                f"{self.name} is one of {len(self.owner.weights)} blocks of {self.shape[0]:,} rows, and units of "
+                f"{unit[0]} rows would span two of them: give units whose rows divide a block, or name it in skip="
+            )
+        self.topology, self.pool = Topology(self.shape, unit=unit), units.pool
 
     @property
     def has_grad(self) -> bool:
@@ -51,11 +68,18 @@ class DenseRows:
         return tensor.detach()[self.rows].reshape(-1)
 
     def active(self, block: Tensor) -> Tensor:
-        """The active entries, (nnz,), of this weight's rows (numel,): a view where all are."""
-        return block if self.topology.is_dense else block[self.topology.indices.to(block.device)]
+        """The active entries, (nnz,), of this weight's rows (numel,): a view where all are, in their own order."""
+        whole = self.topology.is_dense and self.topology.is_unstructured
+        return block if whole else block[self.topology.entries.to(block.device)]
 
     def write(self, tensor: Tensor, positions: Tensor, values: Tensor | float) -> None:
-        """Write `values` (n,) to flat `positions` (n,) of this weight's rows of a tensor of the parameter's shape."""
+        """Write `values` (n,) to the entries at flat `positions` (n,) of this weight's rows.
+
+        Args:
+            tensor: of the parameter's shape.
+            positions: in the weight.
+            values: of its type, or a number.
+        """
         block = self.block(tensor).clone()
         block[positions.to(block.device)] = values.to(block) if isinstance(values, Tensor) else values
         tensor.detach()[self.rows] = block.view(self.shape)
@@ -70,7 +94,7 @@ class DenseRows:
 
     def set_values(self, values: Tensor) -> None:
         """Replace the active values by `values` (nnz,)."""
-        self.write(self.owner.parameter, self.topology.indices, values)
+        self.write(self.owner.parameter, self.topology.entries, values)
 
     def grads(self) -> Tensor:
         """Gradients of the loss at the active entries, (nnz,)."""
@@ -81,9 +105,9 @@ class DenseRows:
         yield 0, self.block(self.everywhere())
 
     def grads_at(self, positions: Tensor) -> Tensor:
-        """The gradient at ascending flat `positions` (n,), (n,)."""
+        """The gradient at the entries of the units at ascending `positions` (n,)."""
         block = self.block(self.everywhere())
-        return block[positions.to(block.device)]
+        return block[self.topology.entries_of(positions).to(block.device)]
 
     def rewire(self, topology: Topology) -> None:
         """Change the topology: survivors keep value and optimizer state, newcomers start at zero."""

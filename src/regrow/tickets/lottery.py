@@ -25,7 +25,7 @@ from regrow.engine.sparsifier import Sparsifier
 from regrow.nn import SparseModule
 from regrow.parts.allocation import globally
 from regrow.parts.drops import keep_highest
-from regrow.parts.scores import magnitude
+from regrow.parts.scores import magnitude, unit_scores
 from regrow.tickets.snapshot import Snapshot, Stateful
 from regrow.tickets.ticket import parameters_of, require_topologies, rewire, topology_entries
 
@@ -122,7 +122,7 @@ def winning(
     """
     total, weights = _total(sparsifier, density), sparsifier.weights
     with torch.no_grad():
-        scores = [score(w) for w in weights]
+        scores = [unit_scores(w, score) for w in weights]
         counts = allocate(weights, scores, total)
         return {w.name: keep_highest(w, s, n) for w, s, n in zip(weights, scores, counts, strict=True)}
 
@@ -205,7 +205,7 @@ def shuffled(topologies: Mapping[str, Topology], seed: int) -> dict[str, Topolog
     return {
         name: t
         if t.is_dense
-        else Topology(t.shape, torch.from_numpy(Stream(seed, f"shuffled {name}", 0).subset(t.numel, t.nnz)))
+        else t.at(torch.from_numpy(Stream(seed, f"shuffled {name}", 0).subset(t.places, t.active)))
         for name, t in topologies.items()
     }
 

@@ -94,7 +94,7 @@ class Snapshot:
                 "give the same, in the same order"
             )
         now = sparsifier.state_dict()
-        for key in ("method", "shapes", "storages"):
+        for key in ("method", "shapes", "units", "storages"):
             if now[key] != self.sparsifier[key]:
                 raise ValueError(
                     f"snapshot: its sparsifier had {key} {_brief(self.sparsifier[key], now[key])}, and this one has "

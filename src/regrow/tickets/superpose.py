@@ -17,6 +17,7 @@ from regrow.core.checks import require_choice, require_density
 from regrow.core.method import Allocation
 from regrow.core.selection import is_finite
 from regrow.core.topology import Topology
+from regrow.core.units import mean
 from regrow.core.weight import Sized, SparseWeight, Weights
 from regrow.engine.sparsifier import Sparsifier
 from regrow.parts.allocation import globally
@@ -37,7 +38,7 @@ class _Mean:
     values: Tensor
     """(nnz,) float64."""
     newest: int
-    """Active entries of the newest ticket."""
+    """Active units of the newest ticket."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,7 +167,7 @@ class Superposition:
         self, newest: Ticket, density: float | None, allocate: Allocation
     ) -> tuple[dict[str, Topology], dict[str, Tensor]]:
         means = [
-            _Mean(name, at, *newest.axes[name], self._values[name], newest.topologies[name].nnz)
+            _Mean(name, at, *newest.axes[name], self._values[name], newest.topologies[name].active)
             for name, at in self._topologies.items()
         ]
         total, nnz = newest.nnz, sum(m.topology.nnz for m in means)
@@ -180,10 +181,10 @@ class Superposition:
                 f"superposition: density {density:g} makes {total:,} active entries, and the {self.count} tickets have "
                 f"{nnz:,} together: leave the density out, or ask for less"
             )
-        scores = [m.values.abs() for m in means]
+        scores = [m.topology.pooled(m.values.abs(), mean) for m in means]
         counts = allocate(means, scores, total)
         kept = {m.name: m.topology.keep(s, n) for m, s, n in zip(means, scores, counts, strict=True)}
-        return kept, {m.name: m.values[kept[m.name].ranks_in(m.topology).long()] for m in means}
+        return kept, {m.name: m.values[kept[m.name].entry_ranks_in(m.topology).long()] for m in means}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -212,8 +213,8 @@ class Superposition:
                 f"with factor {ours[1]}: make it alike"
             )
         newest = None if state["newest"] is None else Ticket.from_state_dict(state["newest"])
-        shapes = {} if newest is None else {name: t.shape for name, t in newest.topologies.items()}
-        self._topologies = {name: Topology(shape, state["positions"][name]) for name, shape in shapes.items()}
+        like = {} if newest is None else newest.topologies
+        self._topologies = {name: t.at(state["positions"][name]) for name, t in like.items()}
         self._values, self._others = dict(state["values"]), dict(state["others"])
         self._newest, self.count = newest, int(state["count"])
 
@@ -222,8 +223,8 @@ def _moved(before: Topology, mean: Tensor, topology: Topology, values: Tensor, r
     """The mean moved by `rate` towards new values, over the union of both topologies."""
     union = before.add(topology.without(before).to(mean.device))
     old, new = mean.new_zeros(union.nnz), mean.new_zeros(union.nnz)
-    old[before.ranks_in(union).long().to(mean.device)] = mean
-    new[topology.ranks_in(union).long().to(mean.device)] = values.to(mean.device)
+    old[before.entry_ranks_in(union).long().to(mean.device)] = mean
+    new[topology.entry_ranks_in(union).long().to(mean.device)] = values.to(mean.device)
     return union, old + rate * (new - old)
 
 
@@ -248,13 +249,13 @@ def _require_finite(ticket: Ticket) -> None:
 
 def _require_same(one: Ticket, other: Ticket) -> None:
     shapes = [
-        {n: t.shape for n, t in t.topologies.items()} | {n: tuple(t.shape) for n, t in t.others.items()}
+        {n: (t.shape, t.unit) for n, t in t.topologies.items()} | {n: tuple(t.shape) for n, t in t.others.items()}
         for t in (one, other)
     ]
     if shapes[0] != shapes[1]:
         differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
         raise ValueError(
-            f"superposition: {len(differing)} tensors of the ticket differ in name or shape from those before "
+            f"superposition: {len(differing)} tensors of the ticket differ in name, shape or units from those before "
             f"({', '.join(differing[:3])}): superpose tickets of one model"
         )
 

@@ -120,6 +120,7 @@ class Ticket:
         return {
             "version": VERSION,
             "shapes": {name: list(t.shape) for name, t in self.topologies.items()},
+            "units": {name: list(t.unit) for name, t in self.topologies.items() if not t.is_unstructured},
             "positions": {name: t.positions for name, t in self.topologies.items()},
             "values": dict(self.values),
             "others": dict(self.others),
@@ -136,7 +137,8 @@ class Ticket:
         """
         require_version("ticket", state)
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        topologies = {name: Topology(shape, state["positions"][name]) for name, shape in shapes.items()}
+        units = {name: tuple(unit) for name, unit in state["units"].items()}
+        topologies = {n: Topology(shape, state["positions"][n], units.get(n)) for n, shape in shapes.items()}
         for name, topology in topologies.items():
             if state["values"][name].shape != (topology.nnz,):
                 raise ValueError(
@@ -256,12 +258,12 @@ def require_topologies(method: str, sparsifier: Sparsifier, topologies: Mapping[
             f"{method}: {sparsifier.method.name} computes its weights from latent values, which no ticket holds: call "
             "sparsifier.harden() first, or restore a Snapshot"
         )
-    ours = {name: t.shape for name, t in topologies.items()}
-    theirs = {w.name: w.shape for w in sparsifier.weights}
+    ours = {name: (t.shape, t.unit) for name, t in topologies.items()}
+    theirs = {w.name: (w.shape, w.topology.unit) for w in sparsifier.weights}
     if ours != theirs:
         differing = sorted({name for name, _ in ours.items() ^ theirs.items()})
         raise ValueError(
-            f"{method}: {len(differing)} of the {len(theirs)} sparsified weights differ in name or shape "
+            f"{method}: {len(differing)} of the {len(theirs)} sparsified weights differ in name, shape or units "
             f"({', '.join(differing[:3])}): give one topology for each weight of the same model"
         )
     for parameter, weights in parameters_of(sparsifier):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from regrow.methods.recipe import recipe
-from regrow.parts import Allocation, Method, connection_sensitivity, every_position, globally, in_rounds
+from regrow.parts import Allocation, Method, Units, connection_sensitivity, every_position, globally, in_rounds
 
 
 @recipe
-def force(density: float | None, *, rounds: int = 20, allocate: Allocation = globally) -> Method:
+def force(
+    density: float | None, *, rounds: int = 20, allocate: Allocation = globally, structure: Units | None = None
+) -> Method:
     """FORCE: SNIP in rounds in which pruned entries may come back.
 
     In round k of n the density^(k / n) entries of highest |w g| are kept among all positions, with w their first values
@@ -30,4 +32,6 @@ def force(density: float | None, *, rounds: int = 20, allocate: Allocation = glo
         >>> force(0.01).start.needs_batches
         True
     """
-    return Method("force", in_rounds("force", density, rounds, connection_sensitivity, every_position, allocate))
+    return Method(
+        "force", in_rounds("force", density, rounds, connection_sensitivity, every_position, allocate), units=structure
+    )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from regrow.methods.recipe import recipe
-from regrow.parts import Allocation, Method, globally, gradient_flow, in_rounds, remaining
+from regrow.parts import Allocation, Method, Units, globally, gradient_flow, in_rounds, remaining
 
 
 @recipe
-def grasp(density: float | None, *, allocate: Allocation = globally) -> Method:
+def grasp(density: float | None, *, allocate: Allocation = globally, structure: Units | None = None) -> Method:
     """GraSP: remove the entries whose removal reduces the norm of the gradient least, or raises it most.
 
     The score -w (H g) is that of the dense network, with g and H gradient and Hessian of the mean loss over `batches`;
@@ -29,4 +29,4 @@ def grasp(density: float | None, *, allocate: Allocation = globally) -> Method:
         >>> grasp(0.1).start.needs_batches
         True
     """
-    return Method("grasp", in_rounds("grasp", density, 1, gradient_flow, remaining, allocate))
+    return Method("grasp", in_rounds("grasp", density, 1, gradient_flow, remaining, allocate), units=structure)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from regrow.core.checks import require_density
 from regrow.methods.recipe import recipe
-from regrow.parts import Allocation, Method, by_score, globally, saliency
+from regrow.parts import Allocation, Method, Units, by_score, globally, saliency
 
 
 @recipe
-def snip(density: float | None, *, allocate: Allocation = globally) -> Method:
+def snip(density: float | None, *, allocate: Allocation = globally, structure: Units | None = None) -> Method:
     """SNIP: keep the entries whose removal would change the loss most, before training.
 
     The score |w g| is read from the gradient that the first optimizer step would have used, and takes that step's
@@ -24,4 +24,4 @@ def snip(density: float | None, *, allocate: Allocation = globally) -> Method:
         True
     """
     require_density("snip", density)
-    return Method("snip", by_score(density, saliency, allocate, needs_gradient=True))
+    return Method("snip", by_score(density, saliency, allocate, needs_gradient=True), units=structure)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from regrow.methods.recipe import recipe
-from regrow.parts import Allocation, Method, connection_sensitivity, globally, in_rounds, remaining
+from regrow.parts import Allocation, Method, Units, connection_sensitivity, globally, in_rounds, remaining
 
 
 @recipe
-def snip_it(density: float | None, *, rounds: int = 5, allocate: Allocation = globally) -> Method:
+def snip_it(
+    density: float | None, *, rounds: int = 5, allocate: Allocation = globally, structure: Units | None = None
+) -> Method:
     """SNIP-it: SNIP in rounds; each round judges the network that the round before has left.
 
     In round k of n the entries of highest |w g| among the active ones are kept, down to density^(k / n), with g the
@@ -31,4 +33,6 @@ def snip_it(density: float | None, *, rounds: int = 5, allocate: Allocation = gl
         >>> snip_it(0.1).start.needs_batches
         True
     """
-    return Method("snip_it", in_rounds("snip_it", density, rounds, connection_sensitivity, remaining, allocate))
+    return Method(
+        "snip_it", in_rounds("snip_it", density, rounds, connection_sensitivity, remaining, allocate), units=structure
+    )

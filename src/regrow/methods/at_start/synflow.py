@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from regrow.methods.recipe import recipe
-from regrow.parts import Allocation, Method, globally, in_rounds, remaining, synaptic_flow
+from regrow.parts import Allocation, Method, Units, globally, in_rounds, remaining, synaptic_flow
 
 
 @recipe
-def synflow(density: float | None, *, rounds: int = 100, allocate: Allocation = globally) -> Method:
+def synflow(
+    density: float | None, *, rounds: int = 100, allocate: Allocation = globally, structure: Units | None = None
+) -> Method:
     """SynFlow: keep the entries that most of the flow from inputs to outputs passes through; data plays no part.
 
     In round k of n the entries of highest |w| dR/d|w| are kept, down to density^(k / n), where R is the sum of the
@@ -33,4 +35,4 @@ def synflow(density: float | None, *, rounds: int = 100, allocate: Allocation = 
         >>> synflow(0.01).start.needs_batches
         True
     """
-    return Method("synflow", in_rounds("synflow", density, rounds, synaptic_flow, remaining, allocate))
+    return Method("synflow", in_rounds("synflow", density, rounds, synaptic_flow, remaining, allocate), units=structure)

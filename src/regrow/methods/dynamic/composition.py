@@ -13,6 +13,7 @@ from regrow.parts import (
     Regrow,
     Statistic,
     Timing,
+    Units,
     by_gradient,
     cosine,
     erk,
@@ -38,6 +39,7 @@ def dynamic_method(  # noqa: PLR0913 - every part of the update is an option
     allocate: Allocation = erk,
     regrow_dropped: Regrow = "keep",
     timing: Timing = "after",
+    structure: Units | None = None,
 ) -> Method:
     """Begin at random, then drop and grow at steps begin, begin + interval, ... below until.
 
@@ -52,4 +54,5 @@ def dynamic_method(  # noqa: PLR0913 - every part of the update is an option
         observe=moves.observe,
         timing=timing,
         needs=moves.needs,
+        units=structure,
     )

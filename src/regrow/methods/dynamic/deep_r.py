@@ -76,7 +76,7 @@ def deep_r(
 
 def _signs(weight: SparseWeight, like: Tensor) -> Tensor:
     """The sign of each active position, (nnz,) in the dtype and on the device of `like`."""
-    return torch.from_numpy(weight.generator.signs(weight.topology.indices.cpu().numpy())).to(like)
+    return torch.from_numpy(weight.generator.signs(weight.topology.entries.cpu().numpy())).to(like)
 
 
 def _signed(start: Start) -> Start:

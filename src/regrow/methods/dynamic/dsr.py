@@ -13,6 +13,7 @@ from regrow.parts import (
     Regrow,
     Statistic,
     Timing,
+    Units,
     adaptive_threshold,
     at_random,
     constant,
@@ -37,6 +38,7 @@ def dsr(  # noqa: PLR0913 - every part of the update but the drop is an option
     allocate: Allocation = uniform,
     regrow_dropped: Regrow = "reset",
     timing: Timing = "after",
+    structure: Units | None = None,
 ) -> Method:
     """DSR: drop what lies under one threshold for all weights, grow at random where most entries survived.
 
@@ -75,4 +77,5 @@ def dsr(  # noqa: PLR0913 - every part of the update but the drop is an option
         allocate=allocate,
         regrow_dropped=regrow_dropped,
         timing=timing,
+        structure=structure,
     )

@@ -15,6 +15,7 @@ from regrow.parts import (
     Regrow,
     Statistic,
     Timing,
+    Units,
     cosine,
     er,
     sampled_gradient,
@@ -38,6 +39,7 @@ def gse(  # noqa: PLR0913 - every part of the update but the growth is an option
     allocate: Allocation = er,
     regrow_dropped: Regrow = "forbid",
     timing: Timing = "after",
+    structure: Units | None = None,
 ) -> Method:
     """GSE: drop the smallest magnitudes, grow where the gradient is largest in a random subset of the inactive entries.
 
@@ -77,4 +79,5 @@ def gse(  # noqa: PLR0913 - every part of the update but the growth is an option
         allocate=allocate,
         regrow_dropped=regrow_dropped,
         timing=timing,
+        structure=structure,
     )

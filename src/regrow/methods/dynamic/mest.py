@@ -27,6 +27,7 @@ from regrow.parts import (
     Statistic,
     Timing,
     Topology,
+    Units,
     Update,
     Weights,
     apportion,
@@ -41,6 +42,7 @@ from regrow.parts import (
     rewire,
     share,
     uniform,
+    unit_scores,
 )
 
 _log = logging.getLogger("regrow")
@@ -63,6 +65,7 @@ def mest(  # noqa: PLR0913 - every part of the update but the drop is an option
     allocate: Allocation = uniform,
     regrow_dropped: Regrow = "reset",
     timing: Timing = "after",
+    structure: Units | None = None,
 ) -> Method:
     """MEST: drop where |w| + gradient_weight |g| is smallest, grow at random, less and less (elastic mutation).
 
@@ -103,6 +106,7 @@ def mest(  # noqa: PLR0913 - every part of the update but the drop is an option
             allocate=allocate,
             regrow_dropped=regrow_dropped,
             timing=timing,
+            structure=structure,
         )
     if redistribute is not None:
         raise ValueError(
@@ -118,11 +122,12 @@ def mest(  # noqa: PLR0913 - every part of the update but the drop is an option
         observe=observe,
         timing=timing,
         needs=needs | Need.OVERSHOOT,
+        units=structure,
     )
 
 
 def _overshoot(fraction: Schedule, score: Score, grow: Growth, until: int, regrow_dropped: Regrow) -> Update:
-    """Drop back to the number of entries at the start, then grow a fraction of it beyond; at `until` only drop.
+    """Drop back to the number of units at the start, then grow a fraction of it beyond; at `until` only drop.
 
     That number is remembered as `TARGET` of each weight.
     """
@@ -131,7 +136,7 @@ def _overshoot(fraction: Schedule, score: Score, grow: Growth, until: int, regro
         live = reached(weights, step) if step < until else list(weights)
         targets = [_target(w) for w in live]
         kept = [
-            keep_highest(w, score(w), n) if n < w.topology.nnz else w.topology
+            keep_highest(w, unit_scores(w, score), n) if n < w.topology.active else w.topology
             for w, n in zip(live, targets, strict=True)
         ]
         taken = [w.topology if regrow_dropped == "forbid" else k for w, k in zip(live, kept, strict=True)]
@@ -145,15 +150,15 @@ def _overshoot(fraction: Schedule, score: Score, grow: Growth, until: int, regro
 
 
 def _target(weight: SparseWeight) -> int:
-    return int(TARGET.begin(weight, lambda: torch.tensor(weight.topology.nnz)))
+    return int(TARGET.begin(weight, lambda: torch.tensor(weight.topology.active)))
 
 
 def _beyond(
     live: Sequence[SparseWeight], taken: Sequence[Topology], targets: Sequence[int], fraction: float, step: int
 ) -> list[int]:
-    """How many entries each weight grows beyond its target: floor(fraction target) where there is room for them."""
+    """How many units each weight grows beyond its target: floor(fraction target) where there is room for them."""
     wanted = [share(fraction, n) for n in targets]
-    room = [min(n, t.numel - t.nnz) for n, t in zip(targets, taken, strict=True)]
+    room = [min(n, t.places - t.active) for n, t in zip(targets, taken, strict=True)]
     counts = apportion(wanted, min(sum(wanted), sum(room)), room)
     for w, asked, given in zip(live, wanted, counts, strict=True):
         if given < asked:

@@ -11,7 +11,7 @@ from regrow.parts import (
     Need,
     Rule,
     Timing,
-    Topology,
+    Units,
     Weights,
     chain,
     constant,
@@ -33,6 +33,7 @@ def ac_dc(
     phase: int | None = None,
     allocate: Allocation = globally,
     timing: Timing = "after",
+    structure: Units | None = None,
 ) -> Method:
     """AC/DC: alternate sparse and dense phases, from dense to sparse.
 
@@ -70,8 +71,8 @@ def ac_dc(
         every(2 * length, sparse, begin=first, until=until - length),
         every(2 * length, (Rule(_activate_all),), begin=first + length, until=until),
     )
-    return Method("ac_dc", dense(), update, timing=timing, needs=Need.DENSE_VALUES)
+    return Method("ac_dc", dense(), update, timing=timing, needs=Need.DENSE_VALUES, units=structure)
 
 
 def _activate_all(weights: Weights, step: int) -> None:
-    rewire(weights, [Topology(weight.shape) for weight in weights])
+    rewire(weights, [weight.topology.at(None) for weight in weights])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from regrow.core.checks import require_timing
 from regrow.methods.gradual.ramp import last_of, pruning, require_target
 from regrow.methods.recipe import preset
-from regrow.parts import Allocation, Method, Need, Timing, cubic, dense, every, uniform
+from regrow.parts import Allocation, Method, Need, Timing, Units, cubic, dense, every, uniform
 
 
 def _gmp(
@@ -19,12 +19,13 @@ def _gmp(
     last_density: float | None = None,
     last_layer: str | None = None,
     timing: Timing = "after",
+    structure: Units | None = None,
 ) -> Method:
     require_target(name, density)
     require_timing(name, timing)
     prunes = pruning(cubic(1.0, density, until, begin), allocate, last_of(name, last_density, last_layer))
     update = every(interval, prunes, begin=begin or None, until=until)
-    return Method(name, dense(), update, timing=timing, needs=Need.DENSE_VALUES)
+    return Method(name, dense(), update, timing=timing, needs=Need.DENSE_VALUES, units=structure)
 
 
 @preset(_gmp)

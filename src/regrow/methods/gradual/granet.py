@@ -17,6 +17,7 @@ from regrow.parts import (
     Schedule,
     Statistic,
     Timing,
+    Units,
     by_gradient,
     chain,
     cosine_to_half_percent,
@@ -52,6 +53,7 @@ def _granet(  # noqa: PLR0913 - two schedules, each with its own span
     last_layer: str | None = None,
     regrow_dropped: Regrow = "keep",
     timing: Timing = "after",
+    structure: Units | None = None,
 ) -> Method:
     ramp = _ramp(name, density, init_density, begin, interval, prune_until, until)
     last = last_of(name, last_density, last_layer)
@@ -72,7 +74,7 @@ def _granet(  # noqa: PLR0913 - two schedules, each with its own span
     if init_density < 1:
         start = random_topology(init_density, init_allocate if last is None else last.of(init_allocate))
         needs = moves.needs
-    return Method(name, start, update, observe=moves.observe, timing=timing, needs=needs)
+    return Method(name, start, update, observe=moves.observe, timing=timing, needs=needs, units=structure)
 
 
 @preset(_granet)
