@@ -246,7 +246,7 @@ def test_tickets_that_do_not_belong_are_refused_and_the_mean_stays():
         r"2 tensors of the ticket differ .*bias, running_var": replace(
             ticket, others={"num_batches_tracked": ticket.others["num_batches_tracked"]}
         ),
-        r"1 tensors of the ticket differ in name or shape from those before \(a\)": replace(
+        r"1 tensors of the ticket differ in name, shape or units from those before \(a\)": replace(
             ticket, topologies=strange, values={**ticket.values, "a": torch.ones(35)}
         ),
     }
