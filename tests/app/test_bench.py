@@ -24,7 +24,7 @@ from support.twins import topology
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, Call, list[str]]]:
-    """Races in which compressed takes 10 x density of dense's time, torch.sparse twice that; all are noted."""
+    """Races in which compressed takes 10 x density of dense's time, units half of that, torch.sparse twice that."""
     ran: list[tuple[nn.Module, Call, list[str]]] = []
 
     def race(layer: nn.Module, topologies: Any, call: Call, candidates: Mapping[str, Any]) -> Race:
@@ -34,8 +34,12 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, Call, list[
             made = make(layer, topologies)
             if isinstance(made, SparseModule):
                 nnz = sum(made.index(n).nnz for n in made.shapes)
-                assert nnz == sum(int(float(density) * torch.Size(s).numel() + 0.5) for s in made.shapes.values())
-            seconds[entry] = [2e-3 * 10 * float(density) * (1 if name == "compressed" else 2)] * 7
+                if name == "compressed":
+                    assert nnz == sum(int(float(density) * torch.Size(s).numel() + 0.5) for s in made.shapes.values())
+                else:
+                    assert set(made.units) == set(made.shapes)
+            times = {"compressed": 1.0, "groups(8)": 0.5}.get(name, 2.0)
+            seconds[entry] = [2e-3 * 10 * float(density) * times] * 7
         ran.append((layer, call, list(candidates)))
         return Race(seconds)
 
@@ -69,14 +73,16 @@ def test_a_report_says_what_was_measured(judged: Any) -> None:
     assert (first.kind, first.shapes, first.inputs) == ("Linear", ((8, 12),), (4, 12))
     assert list(first.races) == [0.2, 0.1, 0.05]
     assert {d: r.ratio("compressed") for d, r in first.races.items()} == pytest.approx({0.2: 2, 0.1: 1, 0.05: 0.5})
-    assert first.wins_below == pytest.approx(0.1)
+    assert first.wins_below == pytest.approx({"compressed": 0.1, "groups(8)": 0.2})
     lines = str(report).splitlines()
     assert "threads" in lines[0] and "kernels" in lines[0] and "load" in lines[0]
     assert lines[2] == "0: Linear 8 x 12, input 4 x 12, dense 2 ms"
-    assert lines[3].split() == ["density", "compressed", "ms", "of", "dense", "torch.sparse", "ms", "of", "dense"]
-    assert lines[4].split() == ["0.2", "4", "2.00x", "8", "4.00x"]
+    heads = [word for name in ("compressed", "groups(8)", "torch.sparse") for word in (name, "ms", "of", "dense")]
+    assert lines[3].split() == ["density", *heads]
+    assert lines[4].split() == ["0.2", "4", "2.00x", "2", "1.00x", "8", "4.00x"]
     assert lines[7] == "compressed is faster than dense: below density 0.1"
-    assert lines[9].startswith("2 and 1 equal to it: ")
+    assert lines[8] == "groups(8) is faster than dense: below density 0.2"
+    assert lines[10].startswith("2 and 1 equal to it: ")
 
 
 def test_equal_layers_race_once_and_the_first_without_input_gradient(judged: Any) -> None:
@@ -108,7 +114,7 @@ def test_layers_that_cannot_be_measured_are_named(judged: Any) -> None:
 
 
 def test_json_holds_the_same(judged: Any) -> None:
-    report = bench(nn.GRU(4, 3), torch.randn(5, 2, 4), densities=(0.5, 0.25))
+    report = bench(nn.GRU(4, 3), torch.randn(5, 2, 4), densities=(0.5, 0.25), structures={})
     read = json.loads(report.to_json())
     assert read["layers"] == [
         {
@@ -117,7 +123,7 @@ def test_json_holds_the_same(judged: Any) -> None:
             "shapes": [[9, 4], [9, 3]],
             "input": [5, 2, 4],
             "dense_ms": 2.0,
-            "wins_below": "never",
+            "wins_below": {"compressed": "never"},
             "densities": [
                 {"density": 0.5, "compressed": {"ms": 10.0, "ratio": 5.0}},
                 {"density": 0.25, "compressed": {"ms": 5.0, "ratio": 2.5}},
@@ -137,11 +143,14 @@ def test_the_model_and_the_random_state_are_left_as_they_were(monkeypatch: pytes
     assert torch.equal(torch.get_rng_state(), state) and model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     (layer,) = report.layers
-    assert layer.candidates == ["compressed", "torch.sparse", "SparseLab"]
+    assert layer.candidates == ["compressed", "groups(8)", "torch.sparse", "SparseLab"]
     assert all(min(seconds) > 0 for seconds in layer.races[0.5].seconds.values())
 
 
 # Peers
+
+
+FORMS = ("compressed", "groups(8)", "torch.sparse", "SparseLab")
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
@@ -174,7 +183,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
 def test_peers_are_measured_where_they_are_installed(judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch)
     (layer,) = bench(nn.Linear(8, 4), torch.randn(2, 8), densities=(0.5, 0.25), peers=True).layers
-    assert judged[0][2] == [f"{n} {d}" for d in (0.5, 0.25) for n in ("compressed", "torch.sparse", "SparseLab")]
+    assert judged[0][2] == [f"{n} {d}" for d in (0.5, 0.25) for n in FORMS]
     assert layer.notes == {"SparseProp": "not installed"} and "SparseProp: not installed" in str(layer)
     assert bench(nn.Linear(8, 4), torch.randn(2, 8), densities=(0.5,)).layers[0].notes == {}
 
@@ -182,7 +191,7 @@ def test_peers_are_measured_where_they_are_installed(judged: Any, monkeypatch: p
 def test_a_peer_that_computes_something_else_is_not_timed(judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, factor=1.1)
     (layer,) = bench(nn.Linear(8, 4), torch.randn(2, 8), densities=(0.5, 0.25), peers=True).layers
-    assert layer.candidates == ["compressed", "torch.sparse"]
+    assert layer.candidates == ["compressed", "groups(8)", "torch.sparse"]
     assert layer.notes["SparseLab at 0.5"].startswith("not timed, since its outputs have a relative error of ")
 
 

@@ -16,7 +16,10 @@ from regrow import kernels
 from regrow.app.machine import versions
 from regrow.app.peers import peers as makers_of_peers
 from regrow.core.draws import Stream
+from regrow.core.method import Units
 from regrow.core.text import table
+from regrow.core.topology import Topology
+from regrow.core.weight import Shaped
 from regrow.engine.discovery import Selector, find
 from regrow.engine.timing import (
     Call,
@@ -34,8 +37,11 @@ from regrow.engine.timing import (
 )
 from regrow.nn import kind_of, sparse_class
 from regrow.nn.base import sample
+from regrow.parts import groups
 
 DENSITIES = (0.2, 0.1, 0.05, 0.02, 0.01)
+STRUCTURES: Mapping[str, Units] = {"groups(8)": groups(8)}
+"""What compressed layers may be made of beside single entries, by the words of the command line."""
 TOLERANCE = 1e-3
 """Relative error of outputs above which a layer computes something else than the dense one with zeros."""
 
@@ -57,6 +63,8 @@ class Layer:
     """By density, descending; all were run in the same rounds."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Why a candidate was not timed."""
+    structures: tuple[str, ...] = ()
+    """Which candidates are compressed layers made of units."""
 
     @property
     def candidates(self) -> list[str]:
@@ -69,9 +77,10 @@ class Layer:
         return next(iter(self.races.values())).time("dense")
 
     @property
-    def wins_below(self) -> Breakeven:
-        """The density below which compressed is faster than dense."""
-        return breakeven({density: r.ratio("compressed") for density, r in self.races.items()})
+    def wins_below(self) -> dict[str, Breakeven]:
+        """The density below which compressed is faster than dense, of single entries and of each structure."""
+        forms = ("compressed", *self.structures)
+        return {form: breakeven({density: r.ratio(form) for density, r in self.races.items()}) for form in forms}
 
     def as_dict(self) -> dict[str, Any]:
         """What a JSON file holds of it; times in milliseconds, ratios to dense."""
@@ -95,9 +104,12 @@ class Layer:
         rows = [[f"{d:g}", *(c for name in self.candidates for c in _cells(r, name))] for d, r in self.races.items()]
         heads = ["density", *(c for name in self.candidates for c in (f"{name} ms", "of dense"))]
         notes = [f"{name}: {note}" for name, note in self.notes.items()]
-        wins = self.wins_below
-        where = f"below density {wins:.2g}" if isinstance(wins, float) else f"{wins}, at these densities"
-        return "\n".join([head, table(heads, rows), *notes, f"compressed is faster than dense: {where}"])
+        wins = [
+            f"{form} is faster than dense: "
+            + (f"below density {where:.2g}" if isinstance(where, float) else f"{where}, at these densities")
+            for form, where in self.wins_below.items()
+        ]
+        return "\n".join([head, table(heads, rows), *notes, *wins])
 
 
 @dataclass(frozen=True)
@@ -156,19 +168,22 @@ def bench(
     example: Any,
     densities: Sequence[float] = DENSITIES,
     *,
+    structures: Mapping[str, Units] = STRUCTURES,
     peers: bool = False,
     skip: Selector | Sequence[Selector] = (),
     only: Selector | Sequence[Selector] | None = None,
 ) -> Report:
     """Time a training step of every layer that could be sparse: dense, compressed, and by torch.sparse where it can.
 
-    Positions are uniformly random. Equal layers are timed once. The model is left as it was.
+    Compressed layers are timed of single entries and of each structure. Positions are uniformly random. Equal layers
+    are timed once. The model is left as it was.
 
     Args:
         model: dense, on the CPU.
         example: an input of the model with the batch of training: a tensor, or a tuple or dict of its arguments. No
             gradient is computed to it unless it requires one.
         densities: shares of active entries.
+        structures: what else than single entries may be active or inactive together, by name.
         peers: also time SparseLab and SparseProp, where they are installed.
         skip: layers to leave out, as `regrow.sparsify` takes them.
         only: the only layers to take.
@@ -191,7 +206,9 @@ def bench(
     for f in found:
         for module, attribute in f.holders:
             task = layers.setdefault(module, _Task(f.name.rpartition(".")[0] or type(module).__name__, {}))
-            task.shapes[attribute] = tuple(f.parameter.shape)
+            shape = tuple(f.parameter.shape)
+            name = f"{task.name}.{attribute}"
+            task.weights[attribute] = Shaped(name, shape, Topology(shape), f.out_axis, f.in_axis)
     skipped = {t.name: why for module, t in layers.items() if (why := _obstacle(module)) is not None}
     able = {module: task for module, task in layers.items() if task.name not in skipped}
     inputs = calls(model, example, able)
@@ -203,7 +220,7 @@ def bench(
         key = alike(module, {}, inputs[module])
         before = done.get(key)
         if before is None:
-            done[key] = _layer(module, task, inputs[module], shares, peers)
+            done[key] = _layer(module, task, inputs[module], shares, structures, peers)
         else:
             done[key] = replace(before, names=(*before.names, task.name))
     return Report(tuple(done.values()), skipped, machine)
@@ -211,8 +228,8 @@ def bench(
 
 class _Task(NamedTuple):
     name: str
-    shapes: dict[str, tuple[int, ...]]
-    """Of its sparse weights, by parameter."""
+    weights: dict[str, Shaped]
+    """Its sparse weights, by parameter."""
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -223,11 +240,22 @@ def _obstacle(module: nn.Module) -> str | None:
     return None if elsewhere is None else f"sparse kernels run on the CPU, and it lies on {elsewhere}"
 
 
-def _layer(module: nn.Module, task: _Task, call: Call, densities: Sequence[float], peers: bool) -> Layer:
+def _layer(
+    module: nn.Module,
+    task: _Task,
+    call: Call,
+    densities: Sequence[float],
+    structures: Mapping[str, Units],
+    peers: bool,
+) -> Layer:
     inputs = tuple(call.args[0].shape) if call.args and isinstance(call.args[0], Tensor) else ()
     bare, notes = without_hooks(module), {}
     topologies = {density: _random(task, density) for density in densities}
-    made = {density: {"compressed": compressed(bare, active)} for density, active in topologies.items()}
+    forms = {"compressed": None, **structures}
+    made = {
+        density: {form: compressed(bare, _random(task, density, units)) for form, units in forms.items()}
+        for density in densities
+    }
     with torch.random.fork_rng():
         for name, make in _others(module, peers, inputs[-1] if inputs else 0).items():
             for density, active in topologies.items():
@@ -251,12 +279,16 @@ def _layer(module: nn.Module, task: _Task, call: Call, densities: Sequence[float
     }
     kind = kind_of(type(module))
     assert kind is not None
-    return Layer((task.name,), kind.name, tuple(task.shapes.values()), inputs, races, notes)
+    shapes = tuple(weight.shape for weight in task.weights.values())
+    return Layer((task.name,), kind.name, shapes, inputs, races, notes, tuple(structures))
 
 
-def _random(task: _Task, density: float) -> Topologies:
-    """Uniformly random positions."""
-    return {name: sample(shape, density, Stream(0, f"{task.name}.{name}", 0)) for name, shape in task.shapes.items()}
+def _random(task: _Task, density: float, units: Units | None = None) -> Topologies:
+    """Uniformly random positions, of units or of single entries."""
+    return {
+        name: sample(Topology(w.shape, unit=None if units is None else units.box(w)), density, Stream(0, w.name, 0))
+        for name, w in task.weights.items()
+    }
 
 
 def _others(module: nn.Module, peers: bool, width: int) -> dict[str, Maker]:
@@ -312,12 +344,19 @@ def layer_of(words: str, batch: int) -> tuple[nn.Module, Tensor]:
     )
 
 
-def bench_layers(layers: Sequence[str], batch: int, densities: Sequence[float], *, peers: bool = False) -> Report:
+def bench_layers(
+    layers: Sequence[str],
+    batch: int,
+    densities: Sequence[float],
+    *,
+    structures: Mapping[str, Units] = STRUCTURES,
+    peers: bool = False,
+) -> Report:
     """As `bench`, of layers in the words of `layer_of`, each by itself."""
     reports = []
     for words in layers:
         layer, example = layer_of(words, batch)
-        report = bench(layer, example, densities, peers=peers)
+        report = bench(layer, example, densities, structures=structures, peers=peers)
         reports.append(replace(report, layers=tuple(replace(row, names=(words,)) for row in report.layers)))
     skipped = {words: why for words, r in zip(layers, reports, strict=True) for why in r.skipped.values()}
     return replace(reports[0], layers=tuple(row for r in reports for row in r.layers), skipped=skipped)

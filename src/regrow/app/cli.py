@@ -26,7 +26,7 @@ from regrow.app import compare as comparison
 from regrow.app import folder, recipes
 from regrow.app.config import Config
 from regrow.app.models import MODELS, Shape, build
-from regrow.app.vocabulary import AROUND, RECIPES, known_options, options, paper, summary
+from regrow.app.vocabulary import AROUND, RECIPES, known_options, options, paper, parse_units, summary
 from regrow.storage.stored import Storage
 
 DENSITY = "0.1"
@@ -331,6 +331,15 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
     show_default=True,
     help="Separated by commas.",
 )
+@click.option(
+    "--structure",
+    "structures",
+    multiple=True,
+    default=tuple(benchmark.STRUCTURES),
+    show_default=True,
+    help="What else than single entries may be active or inactive together: groups(G), blocks(H,W), rows; may be "
+    "repeated.",
+)
 @click.option("--peers", is_flag=True, help="Also time SparseLab and SparseProp, where they are installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
@@ -340,6 +349,7 @@ def bench(
     layers: tuple[str, ...],
     batch: int,
     densities: str,
+    structures: tuple[str, ...],
     peers: bool,
     as_json: bool,
     threads: int | None,
@@ -352,11 +362,14 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     shares = _numbers(densities)
+    units = {words: found for words in structures if (found := parse_units(words)) is not None}
     if model is None:
-        report = benchmark.bench_layers(layers, batch, shares, peers=peers)
+        report = benchmark.bench_layers(layers, batch, shares, structures=units, peers=peers)
     else:
         size = _image_shape(shape or ("3x32x32" if model == "wrn-22-2" else "1x28x28"))
-        report = benchmark.bench(build(model, size, 10), torch.randn(batch, *size), shares, peers=peers)
+        report = benchmark.bench(
+            build(model, size, 10), torch.randn(batch, *size), shares, structures=units, peers=peers
+        )
     click.echo(report.to_json() if as_json else str(report))
 
 

@@ -93,6 +93,17 @@ class Sized(Protocol):
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """A weight of which only name and shape are known; every entry is active."""
+
+    name: str
+    shape: tuple[int, ...]
+    topology: Topology
+    out_axis: int = 0
+    in_axis: int = 1
+
+
+@dataclass(frozen=True)
 class Weights(Sequence[SparseWeight]):
     """The sparsified weights of one model in order, with the budget they share.
 

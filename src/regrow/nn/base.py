@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from regrow import kernels
 from regrow.core.draws import Stream
+from regrow.core.method import Units
 from regrow.core.topology import Topology, fan_in_scale
+from regrow.core.weight import Shaped
 from regrow.kernels import Geometry, Index, UnitIndex
 
 Init = Literal["module", "fan_in"]
@@ -269,6 +271,7 @@ class SparseModule(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         out_axis: int = 0,
+        structure: Units | None = None,
     ) -> None:
         """Become `dense`, which lies on the meta device and so costs nothing, with parameters drawn sparsely."""
         vars(self).update(vars(dense))
@@ -281,7 +284,11 @@ class SparseModule(nn.Module):
                 drawn = self.initial(name)(stream, parameter.numel())
                 self.register_parameter(name, nn.Parameter(drawn.to(device, dtype)))
                 continue
-            topology = sample(tuple(parameter.shape), density, stream)
+            whole = Topology(tuple(parameter.shape))
+            if structure is not None:
+                sized = Shaped(name, whole.shape, whole, out_axis, 1 - out_axis)
+                whole = Topology(whole.shape, unit=structure.box(sized))
+            topology = sample(whole, density, stream)
             values = self.initial(name)(stream, topology.nnz)
             if init == "fan_in":
                 values *= fan_in_scale(topology, out_axis)
@@ -335,15 +342,14 @@ def zeros(stream: Stream, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.float64)
 
 
-def sample(shape: tuple[int, ...], density: float, stream: Stream) -> Topology:
-    """A uniformly random topology of `shape` with floor(density numel + 1/2) entries, in O(nnz).
+def sample(whole: Topology, density: float, stream: Stream) -> Topology:
+    """A uniformly random part of a dense topology with floor(density places + 1/2) units, in O(active).
 
     Raises:
         ValueError: when density lies outside [0, 1].
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density must lie in [0, 1], got {density:g}")
-    numel = math.prod(shape)
     if density == 1:
-        return Topology(shape)
-    return Topology(shape, torch.from_numpy(stream.subset(numel, math.floor(density * numel + 0.5))))
+        return whole
+    return whole.at(torch.from_numpy(stream.subset(whole.places, math.floor(density * whole.places + 0.5))))

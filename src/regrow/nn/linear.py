@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from regrow.core.method import Units
 from regrow.nn.base import Draw, Init, SparseModule, normal, uniform, zeros
 
 
@@ -18,6 +19,7 @@ class SparseLinear(SparseModule):
         out_features: rows of W.
         bias: whether there is a b.
         density: active share of W, in [0, 1]; positions are drawn uniformly, in time and memory of their number.
+        structure: what is active or inactive together, as `regrow.parts.groups(8)`; None is every entry by itself.
         seed: of positions and values; None takes one from torch's global generator.
         init: values as `nn.Linear` draws its own ("module"), or those scaled to each row's own fan-in ("fan_in").
         device: of values and topology.
@@ -32,6 +34,9 @@ class SparseLinear(SparseModule):
         SparseLinear(in_features=1000, out_features=500, bias=True, 5,000 of 500,000 active)
         >>> layer(torch.zeros(2, 3, 1000)).shape, layer.weight.shape
         (torch.Size([2, 3, 500]), torch.Size([5000]))
+        >>> from regrow.parts import groups
+        >>> SparseLinear(1000, 400, density=0.01, structure=groups(8), seed=0)
+        SparseLinear(in_features=1000, out_features=400, bias=True, 4,000 of 400,000 active in units of 8 x 1)
     """
 
     dense_type = nn.Linear
@@ -47,12 +52,14 @@ class SparseLinear(SparseModule):
         bias: bool = True,
         *,
         density: float,
+        structure: Units | None = None,
         seed: int | None = None,
         init: Init = "module",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._build(nn.Linear(in_features, out_features, bias, device="meta"), density, seed, init, device, dtype)
+        dense = nn.Linear(in_features, out_features, bias, device="meta")
+        self._build(dense, density, seed, init, device, dtype, structure=structure)
 
     def initial(self, name: str) -> Draw:
         """As `nn.Linear` draws weight and bias: U(-1 / sqrt(in_features), 1 / sqrt(in_features))."""

@@ -55,12 +55,12 @@ from regrow.core.units import (
     root_mean_square,
 )
 from regrow.core.weight import (
+    Shaped,
     Sized,
     SparseWeight,
     Weights,
 )
 from regrow.parts.allocation import (
-    Shaped,
     apportion,
     at_least,
     by_flops,
@@ -227,8 +227,8 @@ from regrow.parts.updates import (
 __all__ = [  # noqa: RUF022 - by noun
     # Vocabulary
     "Allocation", "Drop", "fan_in_scale", "Field", "Growth", "Latent", "Method", "Need", "Observer", "Parts",
-    "Probe", "Regrow", "Rule", "Score", "Sized", "SparseWeight", "Start", "Statistic", "Stream", "Structure", "Timing",
-    "Topology", "Trained", "Units", "Update", "Weights",
+    "Probe", "Regrow", "Rule", "Score", "Shaped", "Sized", "SparseWeight", "Start", "Statistic", "Stream", "Structure",
+    "Timing", "Topology", "Trained", "Units", "Update", "Weights",
     # Scores
     "magnitude", "magnitude_and_gradient", "random", "saliency", "taylor", "unit_scores",
     # Drops
@@ -242,7 +242,7 @@ __all__ = [  # noqa: RUF022 - by noun
     "mean_magnitude", "mean_momentum", "nonzeros", "survivors",
     # Allocations
     "apportion", "at_least", "by_flops", "counts", "er", "erk", "erk_power", "explicit", "globally",
-    "last_at_least", "layer_adaptive", "proportional", "require_last", "Shaped", "uniform", "whole_units",
+    "last_at_least", "layer_adaptive", "proportional", "require_last", "uniform", "whole_units",
     # Schedules
     "Anneal", "constant", "cosine", "cosine_to", "cosine_to_half_percent", "cubic", "inverse_power", "linear",
     "Schedule",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
 
@@ -23,7 +22,7 @@ from regrow.core import selection
 from regrow.core.method import Allocation
 from regrow.core.names import matches
 from regrow.core.topology import Topology
-from regrow.core.weight import Sized, SparseWeight, Weights
+from regrow.core.weight import Shaped, Sized, SparseWeight, Weights
 
 
 def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> list[int]:
@@ -448,17 +447,6 @@ def counts(allocate: Allocation, shapes: Mapping[str, tuple[int, ...]], density:
     weights = [Shaped(name, tuple(shape), Topology(tuple(shape))) for name, shape in shapes.items()]
     total = None if density is None else Weights(cast("tuple[SparseWeight, ...]", tuple(weights))).total(density)
     return dict(zip(shapes, allocate(weights, None, total), strict=True))
-
-
-@dataclass(frozen=True)
-class Shaped:
-    """A weight of which only name and shape are known; every entry is active."""
-
-    name: str
-    shape: tuple[int, ...]
-    topology: Topology
-    out_axis: int = 0
-    in_axis: int = 1
 
 
 def _given(total: int | None, weights: Sequence[Sized]) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from regrow.core.method import Drop, Score
 from regrow.core.topology import Topology
-from regrow.core.weight import SparseWeight
-from regrow.parts.allocation import Shaped, at_least, globally
+from regrow.core.weight import Shaped, SparseWeight
+from regrow.parts.allocation import at_least, globally
 from regrow.parts.remembered import DROP_THRESHOLD
 from regrow.parts.scores import magnitude, unit_scores
 

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from regrow.core import selection
 from regrow.core.method import Allocation, Parts, Rule, Start, Structure, Update
 from regrow.core.topology import Topology
-from regrow.core.weight import SparseWeight, Weights
-from regrow.parts.allocation import Shaped
+from regrow.core.weight import Shaped, SparseWeight, Weights
 from regrow.parts.remembered import LATENT, LOG_VARIANCE, MOVEMENT_SCORES, SOFT_THRESHOLD
 
 _log = logging.getLogger("regrow")

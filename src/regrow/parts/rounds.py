@@ -17,8 +17,7 @@ from regrow.core import selection
 from regrow.core.checks import require_density
 from regrow.core.method import Allocation, Probe, Start
 from regrow.core.topology import Topology
-from regrow.core.weight import SparseWeight, Weights
-from regrow.parts.allocation import Shaped
+from regrow.core.weight import Shaped, SparseWeight, Weights
 from regrow.parts.structures import by_output, of_outputs
 from regrow.parts.updates import rewire
 

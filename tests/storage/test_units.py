@@ -1,0 +1,191 @@
+"""Weights made of units in both storages: packed ones, odd sizes, files, states, tickets, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regrow
+from regrow import Topology, methods, sparsify
+from regrow import nn as sparse_nn
+from regrow.core.method import Method, Units
+from regrow.nn import from_dense
+from regrow.parts import (
+    blocks,
+    groups,
+    largest,
+    lowest_globally,
+    lowest_per_sign,
+    magnitude,
+    n_of_m,
+    prune,
+    rows,
+    uniform,
+)
+from regrow.parts.schedules import cubic
+from regrow.parts.starts import dense
+from regrow.tickets import Ticket
+from support.pairs import NETS, Run, of_units
+
+STORAGES = ("masked", "compressed")
+
+
+def rigl(structure: Units | None, density: float = 0.4, **options: Any) -> Method:
+    return methods.rigl(density, until=40, interval=3, structure=structure, **options)
+
+
+EVEN = {"linear": groups(8), "conv": groups(3), "attention": groups(2), "volume": groups(2), "bilinear": groups(3)}
+ODD = {"linear": groups(7), "conv": blocks(4, 4), "gru": groups(7), "lstm": blocks(7, 2), "decoder": groups(4)}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("net", "structure"), [*EVEN.items(), *ODD.items()])
+def test_both_storages_make_the_same_run(net: str, structure: Units, optimizer: str) -> None:
+    """Also packed weights, weights whose sizes the unit does not divide, and those without kernels for units."""
+    masked, compressed = (Run(s, rigl(structure), net, optimizer) for s in STORAGES)
+    first = masked.sparsifier.topologies
+    for step in range(1, 25):
+        assert compressed.step(step) == pytest.approx(masked.step(step), rel=1e-9), step
+        assert compressed.sparsifier.topologies == masked.sparsifier.topologies, step
+    masked.require_equal(compressed)
+    assert first != masked.sparsifier.topologies
+    assert any(not t.is_unstructured for t in first.values())
+
+
+def test_which_layers_run_on_kernels_of_units() -> None:
+    model = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 5), nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 8, 3))
+    sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), rigl(groups(8)), storage="compressed")
+    kinds = [type(layer.index()).__name__ for layer in model if isinstance(layer, sparse_nn.SparseModule)]
+    assert kinds[:2] == ["UnitIndex", "Index"]
+
+
+def test_values_stand_unit_by_unit() -> None:
+    """A layer by itself, and the dense weight that it stands for."""
+    layer = sparse_nn.SparseLinear(6, 8, density=0.5, structure=blocks(4, 3), seed=1)
+    topology = layer.topology()
+    assert (topology.unit, topology.active, layer.weight.shape) == ((4, 3), 2, (24,))
+    at = of_units(topology.indices, (8, 6), (4, 3))
+    assert torch.equal(layer.dense().view(-1)[at], layer.weight)
+    again = from_dense(layer.to_dense(), {"weight": topology})
+    assert torch.equal(again.weight, layer.weight)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(again(x), nn.functional.linear(x, layer.dense(), layer.bias))
+
+
+def test_a_whole_weight_of_units_is_the_dense_one() -> None:
+    layer = sparse_nn.SparseLinear(6, 8, density=1, structure=groups(4), seed=1)
+    x = torch.randn(5, 6, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.dense(), layer.bias))
+    (grad,) = torch.autograd.grad(y.square().sum(), layer.weight)
+    full = layer.dense().detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(nn.functional.linear(x, full, layer.bias).square().sum(), full)
+    torch.testing.assert_close(grad, wanted.view(-1)[layer.topology().entries])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("net", "structure"), [("linear", groups(8)), ("conv", blocks(4, 4)), ("gru", groups(7))])
+def test_files_hold_units(net: str, structure: Units, storage: str, tmp_path: Path) -> None:
+    run = Run(storage, rigl(structure), net).go(1, 8)
+    regrow.save(run.sparsifier, tmp_path / "model.safetensors")
+    for other in (NETS[net][0]().double(), Run(storage, rigl(structure), net, seed=3).model):
+        found = regrow.load(tmp_path / "model.safetensors", other)
+        assert found == run.sparsifier.topologies
+        x = torch.randn(3, *NETS[net][1], dtype=torch.float64)
+        torch.testing.assert_close(other(x), run.model(x))
+
+
+def test_a_file_of_other_units_is_refused_by_a_sparse_model_and_changes_nothing(tmp_path: Path) -> None:
+    run = Run("compressed", rigl(groups(8)))
+    regrow.save(run.sparsifier, tmp_path / "model.safetensors")
+    other = Run("compressed", rigl(None))
+    before = other.tensors()
+    with pytest.raises(ValueError, match=r"0\.weight in units of 8 x 1 entries, and .* sparse module in units of 1"):
+        regrow.load(tmp_path / "model.safetensors", other.model)
+    assert all(torch.equal(t, before[n]) for n, t in other.tensors().items())
+
+
+def test_a_state_dict_of_other_units_is_refused() -> None:
+    one, other = (Run("compressed", rigl(s)) for s in (groups(8), groups(4)))
+    with pytest.raises(RuntimeError, match=r"units of 4 x 1 entries, which a topology of units of 8 x 1 does not"):
+        other.model.load_state_dict(one.model.state_dict())
+    with pytest.raises(ValueError, match=r"other units \(0.weight: \[8, 1\] there, \[4, 1\] here\): give"):
+        other.sparsifier.load_state_dict(one.sparsifier.state_dict())
+    with pytest.raises(ValueError, match=r"0.weight: entries there, \[4, 1\] here"):
+        other.sparsifier.load_state_dict(Run("compressed", rigl(None)).sparsifier.state_dict())
+
+
+def test_tickets_are_of_units_too() -> None:
+    run = Run("masked", rigl(groups(4)), "linear").go(1, 4)
+    ticket = Ticket.from_state_dict(Ticket.of(run.sparsifier).state_dict())
+    before = run.tensors()
+    run.go(5, 12)
+    assert run.sparsifier.topologies != ticket.topologies
+    ticket.install(run.sparsifier)
+    assert run.sparsifier.topologies == ticket.topologies
+    assert torch.equal(run.tensors()["0.weight:value"], before["0.weight:value"])
+    with pytest.raises(ValueError, match="differ in name, shape or units"):
+        ticket.install(Run("masked", rigl(None), "linear").sparsifier)
+
+
+def test_units_that_would_span_two_gates_are_refused() -> None:
+    model = nn.GRU(6, 7)
+    with pytest.raises(ValueError, match=r"weight_ih_l0\[0\] is one of 3 blocks of 7 rows, and units of 8"):
+        sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), rigl(groups(8)))
+    assert not hasattr(model, "regrow")
+
+
+def refused(method: Method, match: str, net: str = "linear", steps: int = 6) -> None:
+    with pytest.raises(ValueError, match=match):
+        Run("masked", method, net).go(1, steps)
+
+
+def test_what_does_not_go_with_units_is_refused() -> None:
+    refused(rigl(groups(8), drop=lowest_per_sign), "0.weight has units of 8 x 1 entries, which have no one sign")
+    pattern = Method("own", dense(), prune(cubic(1.0, 0.5, until=2), magnitude, uniform, n_of_m(1, 2)), units=groups(8))
+    refused(pattern, "0.weight is made of units of 8 x 1 entries, and a structure chooses single entries")
+    refused(methods.dnw(0.5)._replace(units=groups(8)), "dnw computes weights from values .*: leave out structure=")
+    given = {"0.weight": Topology((24, 12)), "2.weight": Topology((5, 24))}
+    start = methods.static(0.5)._replace(start=regrow.parts.given(given), units=groups(8))
+    refused(start, "0.weight is made of units of 8 x 1 entries, and its new topology of 1 x 1")
+
+
+def test_units_of_different_sizes_are_not_traded_between_weights() -> None:
+    for options in ({"redistribute": regrow.parts.nonzeros}, {"drop": lowest_globally(magnitude)}):
+        refused(rigl(rows, **options), r"moves units .* to another, and they differ in size \(0.weight of 12")
+
+
+def test_pools_choose_differently() -> None:
+    found = {}
+    for name, pool in (("mean", regrow.parts.mean), ("largest", largest), ("rms", regrow.parts.root_mean_square)):
+        run = Run("masked", methods.gmp(0.3, until=9, interval=3, structure=groups(8, pool)), "linear").go(1, 9)
+        found[name] = run.sparsifier.topologies["0.weight"]
+        assert found[name].active == found["mean"].active
+    assert found["mean"] != found["largest"]
+
+
+def test_exploration_counts_units() -> None:
+    run = Run("masked", methods.itop_set(0.4, until=30, interval=3, structure=groups(8)), "linear").go(1, 12)
+    explored = run.sparsifier.weights[0].state["explored"]
+    topology = run.sparsifier.topologies["0.weight"]
+    assert explored.shape == (topology.places,) and explored[topology.indices].all()
+    assert float(explored.double().mean()) > topology.active / topology.places
+
+
+def test_a_model_on_the_meta_device_gets_units_without_a_dense_form() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(400, 800), nn.ReLU(), nn.Linear(800, 80))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparsify(model, optimizer, rigl(groups(8), 0.05), storage="compressed")
+    x, y = torch.randn(16, 400), torch.randint(80, (16,))
+    for _ in range(7):
+        optimizer.zero_grad()
+        loss: Tensor = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    weight = model[0].weight
+    assert weight.numel() == sparsifier.topologies["0.weight"].nnz and bool((weight != 0).float().mean() > 0.5)
