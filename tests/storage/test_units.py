@@ -39,7 +39,7 @@ def rigl(structure: Units | None, density: float = 0.4, **options: Any) -> Metho
 
 
 EVEN = {"linear": groups(8), "conv": groups(3), "attention": groups(2), "volume": groups(2), "bilinear": groups(3)}
-ODD = {"linear": groups(7), "conv": blocks(4, 4), "gru": groups(7), "lstm": blocks(7, 2), "decoder": groups(4)}
+ODD = {"linear": groups(7), "conv": blocks(4, 4), "gru": groups(7), "lstm": blocks(1, 4), "decoder": groups(4)}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
