@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import threading
@@ -82,7 +83,8 @@ def _spec(spec: str) -> tuple[str, dict[str, str]]:
         raise ValueError(
             f"there is no method {method!r}: choose {', '.join(RECIPES)}; separate by spaces where one has options"
         )
-    pairs = [part.partition("=") for part in text.split(",") if part]
+    # Not at the comma of blocks(4,4).
+    pairs = [part.partition("=") for part in re.split(r",(?![^(]*\))", text) if part]
     return method, {name.replace("-", "_"): value for name, _, value in pairs}
 
 

@@ -384,9 +384,10 @@ def _explored(known: metrics.Exploration) -> dict[str, Any]:
 
 def connections(topology: Topology) -> Tensor:
     """How many entries are active in each column of a matrix, (columns,) int64, without forming its mask."""
+    rows, columns = topology.shape[0], math.prod(topology.shape[1:])
     if topology.is_dense:
-        return torch.full((topology.row_size,), topology.rows)
-    return torch.bincount(topology.columns, minlength=topology.row_size)
+        return torch.full((columns,), rows)
+    return torch.bincount(topology.entries % columns, minlength=columns)
 
 
 class Maps:
