@@ -138,6 +138,8 @@ def test_rows_say_where_the_entries_of_a_block_begin(topology: Topology) -> None
 def test_equality_and_repr_see_the_unit() -> None:
     pairs, entries = Topology((4, 3), unit=(2, 1)), Topology((4, 3))
     assert pairs != entries and pairs == Topology((4, 3), torch.arange(6), (2, 1))
+    # Of one grid, with the same units of it active.
+    assert Topology((4,), torch.tensor([0]), (2,)) != Topology((4,), torch.tensor([0]), (3,))
     assert "unit=(2, 1)" in repr(pairs) and "unit" not in repr(entries)
     assert pairs.to(torch.device("cpu")).unit == (2, 1)
 
