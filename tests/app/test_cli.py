@@ -20,6 +20,7 @@ import regrow
 from regrow.app import cli, compare, folder, loop, models
 from regrow.app.config import Config, resolved
 from regrow.app.vocabulary import RECIPES, make, options, paper, parse_allocation, summary
+from regrow.core.weight import Shaped
 from regrow.engine.placement import Storage
 from support.app import command, config
 
@@ -461,3 +462,24 @@ def test_the_loop_makes_no_draw_from_the_global_generator(tmp_path: Path) -> Non
         torch.manual_seed(seed)
         results.append(folder.run(config(steps=20), tmp_path / str(seed), lambda record: None)["accuracy"])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("words", "unit"), [("groups(8)", (8, 1)), ("blocks(4,2)", (4, 2)), ("blocks(4, 2)", (4, 2))])
+def test_structures_are_words_too(words: str, unit: tuple[int, int]) -> None:
+    method = make("rigl", {"density": "0.1", "structure": words}, 1000)
+    assert method.units is not None
+    assert method.units.box(Shaped("w", (16, 12), regrow.Topology((16, 12)))) == unit
+    assert make("rigl", {"density": "0.1", "structure": "none"}, 1000).units is None
+
+
+@pytest.mark.parametrize("words", ["groups", "groups()", "groups(0)", "blocks(8)", "groups(8", "columns", ""])
+def test_a_structure_that_is_none_is_refused(words: str) -> None:
+    with pytest.raises(ValueError, match=r"rigl: structure takes groups\(G\) \| blocks\(H,W\) \| rows \| none, got"):
+        make("rigl", {"density": "0.1", "structure": words}, 1000)
+
+
+def test_a_comparison_takes_structures_with_a_comma_of_their_own() -> None:
+    specs = ["rigl:structure=blocks(4,2),fraction=0.2", "rigl:fraction=0.2,structure=groups(8)"]
+    jobs = compare.plan(config(), specs, [0.1], 1, {}, Path("x"))
+    assert [job.config.options["structure"] for job in jobs] == ["blocks(4,2)", "groups(8)"]
+    assert all(job.config.options["fraction"] == "0.2" for job in jobs)
