@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from support.dynamics import (
 )
 from support.fakes import Fake
 from support.paper import (
+    BOXES,
     Array,
     Arrays,
     History,
@@ -115,7 +116,20 @@ PAPERS: dict[str, dict[str, Any]] = {
     },
 }
 
+PAPERS["haste"] = {
+    "begin": None,
+    "interval": 1000,
+    "fraction": 0.15,
+    "anneal": "constant",
+    "drop": "lowest",
+    "allocate": "uniform",
+    "regrow_dropped": "reset",
+    "timing": "after",
+    "structure": "thirty-twos",
+}
+
 SHORT: dict[str, dict[str, Any]] = {
+    "haste": {"density": 0.5, "until": 13, "interval": 3, "fraction": 0.4, "structure": "threes"},
     "dsr": {"density": 0.3, "until": 13, "interval": 3, "fraction": 0.3, "threshold": 0.06},
     "mest": {"density": 0.3, "until": 13, "interval": 3, "fraction": 0.4},
     "deep_r": {"density": 0.3, "until": 13, "l1": 1e-3, "noise": 0.01},
@@ -202,14 +216,45 @@ def gse(run: Program, o: Options, watch: Watch) -> Train:
     return update
 
 
-UPDATES = {"dsr": dsr, "mest": mest, "deep_r": deep_r, "gse": gse}
+def fan_ins(run: Program, n: str, units: Array) -> Array:
+    """Units by output, (outputs, units of one)."""
+    return units.reshape(-(-run.shapes[n][0] // BOXES[run.structure](run.shapes[n])[0]), -1)
+
+
+def equal_fan_ins(run: Program, counts: Sequence[int]) -> None:
+    for n, count in zip(run.sparse, counts, strict=True):
+        rows, draws = fan_ins(run, n, np.zeros_like(run.mask[n])), stream(run, n)
+        for i, row in enumerate(rows):
+            row[draws.subset(row.size, (count + len(rows) - 1 - i) // len(rows))] = True
+        run.mask[n] = rows.ravel()
+        run.w[n] = run.w[n] * run.wide(n)
+
+
+def haste(run: Program, o: Options, watch: Watch) -> Train:
+    def update(run: Program, g: Arrays) -> None:
+        kept = DROPS[o["drop"]](run, g, annealed(o, run.step), o["regrow_dropped"])
+        for n in run.sparse:
+            draws, grown = stream(run, n), fan_ins(run, n, np.zeros_like(kept[n]))
+            for new, before, stays in zip(grown, fan_ins(run, n, run.mask[n]), fan_ins(run, n, kept[n]), strict=True):
+                free = np.flatnonzero(~stays)
+                if before.sum() > stays.sum():
+                    new[free[draws.subset(free.size, int(before.sum() - stays.sum()))]] = True
+            run.change(n, kept[n], grown.ravel())
+
+    return update
+
+
+UPDATES = {"dsr": dsr, "mest": mest, "deep_r": deep_r, "gse": gse, "haste": haste}
 
 
 def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
     o = {"begin": 1, "interval": 1, "regrow_dropped": "reset", "timing": "after", "soft": False}
     o |= PAPERS[name] | options
-    counts, watch = lambda run: counts_of(run, o), Watch(o["decay"])
-    run = start(kind, seed, counts, keep=o["regrow_dropped"], structure=o.get("structure"))
+    counts, watch = lambda run: counts_of(run, o), Watch(o.get("decay"))
+    equal = name == "haste"
+    run = start(kind, seed, None if equal else counts, keep=o["regrow_dropped"], structure=o.get("structure"))
+    if equal:
+        equal_fan_ins(run, counts(run))
     due = lambda step: regular(o, step) or (o["soft"] and step == o["until"])  # noqa: E731
     return history(run, kind, due, UPDATES[name](run, o, watch), o["timing"], watch)
 
@@ -218,6 +263,9 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("dsr", {}),
     *((name, {"structure": "threes", "density": 0.5}) for name in ("dsr", "mest", "gse")),
     ("mest", {"structure": "tiles", "density": 0.5, "soft": True}),
+    ("haste", {}),
+    ("haste", {"structure": None, "density": 0.3, "regrow_dropped": "keep", "allocate": "erk"}),
+    ("haste", {"structure": "tiles", "drop": "global", "timing": "instead", "anneal": "cosine"}),
     ("dsr", {"threshold": 0.01, "tolerance": 0.0, "interval": 1}),
     ("dsr", {"threshold": 9.0, "regrow_dropped": "keep"}),
     ("dsr", {"density": 0.8, "threshold": 0.2, "allocate": "erk"}),
@@ -306,6 +354,18 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
     },
+    "haste": {
+        "density": [({"density": 0.3}, 0), ({"density": None, "allocate": EXPLICIT}, 0)],
+        **TIMES,
+        "until": [({"until": 40}, 15), ({"until": 4}, 6)],
+        "fraction": [({"fraction": 0.7}, 3), ({"fraction": 0.0}, 3)],
+        "anneal": [({"anneal": "cosine"}, 3), ({"anneal": "linear"}, 3)],
+        "drop": [({"drop": "taylor"}, 3), ({"drop": "global"}, 3)],
+        "allocate": [({"allocate": "erk"}, 0)],
+        "regrow_dropped": [({"regrow_dropped": "keep"}, 9)],
+        "timing": [({"timing": "instead"}, 1, {"interval": 1})],
+        "structure": [({"structure": s}, 0) for s in (None, "tiles", "thirty-twos")],
+    },
     "gse": {
         "density": DENSITY,
         **TIMES,
@@ -342,6 +402,8 @@ def test_what_is_not_given_is_the_papers(name: str) -> None:
 
 
 ALL = list(PAPERS)
+TRADING = [name for name in ALL if name != "haste"]
+"""Those that may redistribute."""
 UPDATED = ["dsr", "mest", "gse"]
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
@@ -358,11 +420,11 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["mest"], {"gradient_weight": -1.0}, "gradient_weight must be finite and at least 0, got -1"),
     (["mest"], {"gradient_weight": math.inf}, "gradient_weight must be finite and at least 0, got inf"),
     (
-        ALL,
+        TRADING,
         {"decay": 0.5, "redistribute": None},
         "decay is of a running mean .* leave out 0.5",
     ),
-    (ALL, {"decay": 1.0, "redistribute": mean_momentum}, r"decay must lie in \[0, 1\), got 1"),
+    (TRADING, {"decay": 1.0, "redistribute": mean_momentum}, r"decay must lie in \[0, 1\), got 1"),
     (
         ["mest"],
         {"soft": True, "redistribute": mean_momentum},
@@ -371,6 +433,7 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["mest"], {"soft": True, "decay": 0.5}, "decay is of a running mean of gradients, which neither"),
     (["deep_r"], {"l1": -1.0}, "l1 and noise must be finite and at least 0, got l1 -1 and noise 0.01"),
     (["deep_r"], {"noise": math.inf}, "got l1 0.001 and noise inf"),
+    (["haste"], {"regrow_dropped": "forbid"}, "every group of outputs gets back what it lost, .* may leave it no room"),
     (["gse"], {"gamma": 0.3}, "gamma 0.3 gives fewer candidates than the drop fraction 0.4 asks to grow"),
     (["gse"], {"gamma": math.nan}, "gamma nan gives fewer"),
     (["gse"], {"gamma": math.inf}, "gamma inf"),

@@ -57,6 +57,7 @@ BOXES: dict[str | None, Callable[[Shape], Shape]] = {
     "threes": lambda s: (3, *(1,) * (len(s) - 1)),
     "tiles": lambda s: (3, 2, *(1,) * (len(s) - 2)),
     "rows": lambda s: (1, *s[1:]),
+    "thirty-twos": lambda s: (32, *(1,) * (len(s) - 1)),
 }
 """The shape of a weight, outputs first -> how far a unit reaches along each axis.
 
@@ -371,7 +372,12 @@ def assert_same(found: History, wanted: History, rtol: float = 1e-9, atol: float
 
 ALLOCATIONS = {name: getattr(parts, name) for name in ("uniform", "er", "erk", "globally", "layer_adaptive")}
 WORDS: dict[str, Mapping[str, Any]] = {
-    "structure": {"threes": parts.groups(3), "tiles": parts.blocks(3, 2), "rows": parts.rows},
+    "structure": {
+        "threes": parts.groups(3),
+        "tiles": parts.blocks(3, 2),
+        "rows": parts.rows,
+        "thirty-twos": parts.groups(32),
+    },
     "anneal": {name: getattr(parts, name) for name in ("constant", "linear", "cosine", "inverse_power")}
     | {"cosine_to_0.005": parts.cosine_to_half_percent},
     "allocate": ALLOCATIONS,

@@ -302,6 +302,10 @@ METHODS: dict[str, Row] = {
         draws=True,
         unit=2,
     ),
+    "haste-units": dynamic(
+        lambda: methods.haste(DENSITY, until=UNTIL, interval=INTERVAL, fraction=0.3, structure=groups(2)), unit=2
+    ),
+    "haste": dynamic(lambda: methods.haste(DENSITY, until=UNTIL, interval=INTERVAL, fraction=0.3, structure=None)),
     "gmp-units": Row(
         lambda: methods.gmp(DENSITY, until=UNTIL, interval=INTERVAL, allocate=globally, structure=blocks(2, 2)), unit=4
     ),

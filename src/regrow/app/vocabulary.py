@@ -321,6 +321,8 @@ def _choose(values: Mapping[str, T], word: str) -> T:
 
 def _word(value: Any) -> Any:
     """The word that stands for a default value."""
+    if isinstance(value, Units):
+        return "rows" if value == structures.rows else str(value.box)
     for table in (ALLOCATIONS, ANNEALS, DROPS, GROWTHS, SCORES, REDISTRIBUTIONS, SWITCH):
         for word, known in table.items():
             if known is value and value is not None:

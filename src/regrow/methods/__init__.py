@@ -15,6 +15,7 @@ from regrow.methods.dynamic.deep_r import deep_r as deep_r
 from regrow.methods.dynamic.dsr import dsr as dsr
 from regrow.methods.dynamic.dst import dst as dst
 from regrow.methods.dynamic.gse import gse as gse
+from regrow.methods.dynamic.haste import haste as haste
 from regrow.methods.dynamic.itop import itop_rigl as itop_rigl
 from regrow.methods.dynamic.itop import itop_set as itop_set
 from regrow.methods.dynamic.mest import mest as mest
@@ -70,6 +71,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "mest": mest,
         "deep_r": deep_r,
         "gse": gse,
+        "haste": haste,
     },
     "learned": {
         "dnw": dnw,

@@ -91,6 +91,7 @@ from regrow.parts.growth import (
     READS,
     Reading,
     at_random,
+    at_random_where_lost,
     by_gradient,
     by_momentum,
     by_momentum_per_neuron,
@@ -192,6 +193,7 @@ from regrow.parts.starts import (
     prune_global,
     prune_structured,
     prune_uniform,
+    random_fan_in,
     random_topology,
     scale_to_fan_in,
 )
@@ -235,7 +237,8 @@ __all__ = [  # noqa: RUF022 - by noun
     "adaptive_threshold", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign", "require_equal_units",
     "share", "smallest",
     # Fields and growths
-    "at_random", "by_gradient", "by_momentum", "by_momentum_per_neuron", "gradient", "half_by_gradient", "highest",
+    "at_random", "at_random_where_lost", "by_gradient", "by_momentum", "by_momentum_per_neuron", "gradient",
+    "half_by_gradient", "highest",
     "highest_per_neuron", "mixed", "momentum", "needs_of", "Reading", "READS", "require_finite", "sampled_gradient",
     "unexplored_first",
     # Statistics
@@ -254,7 +257,8 @@ __all__ = [  # noqa: RUF022 - by noun
     "rewire",
     # Starts
     "by_score", "dense", "given", "prune_and_grow_global", "prune_and_grow_structured", "prune_and_grow_uniform",
-    "prune_global", "prune_structured", "prune_uniform", "random_topology", "scale_to_fan_in",
+    "prune_global", "prune_structured", "prune_uniform", "random_fan_in", "random_topology",
+    "scale_to_fan_in",
     # Starts in rounds
     "Candidates", "connection_sensitivity", "every_position", "gradient_flow", "in_rounds", "outputs_in_rounds",
     "remaining", "Sensitivity", "synaptic_flow",

@@ -49,6 +49,36 @@ def at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
     return taken.inactive(ranks)
 
 
+def at_random_where_lost(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+    """Positions drawn uniformly, at each output as many as it lost, so that fan-ins stay; a `Growth`.
+
+    With larger units an output is a row of units: a group of outputs that share their inputs.
+
+    Raises:
+        ValueError: from the growth, for a count that is not what the weight lost, as redistribution asks for, or where
+            an output has no room for what it lost; naming the weight.
+
+    It takes a byte for each unit of the weight, active or not.
+
+    Source: the code of HASTE (Group-shared Fixed Fan-in, 2026), whose groups replace the inputs that they drop by
+    random ones. There an input may be drawn twice.
+    """
+    active, kept = (_by_output(weight, t) for t in (weight.topology, taken))
+    lost = active.sum(1) - kept.sum(1)
+    if int(lost.sum()) != count or bool((lost < 0).any()) or bool((lost > (~kept).sum(1)).any()):
+        raise ValueError(
+            f"{weight.name}: at_random_where_lost gives every output back what it lost, {int(lost.sum()):,} in all, "
+            f"and {count:,} are to grow where there is room: leave out redistribute and regrow_dropped='forbid'"
+        )
+    grown = torch.zeros_like(kept)
+    for output in lost.nonzero().view(-1).tolist():
+        free = (~kept[output]).nonzero().view(-1)
+        grown[output, free[torch.from_numpy(weight.generator.subset(free.numel(), int(lost[output])))]] = True
+    grid = list(taken.grid)
+    first = grid.pop(weight.out_axis)
+    return grown.view(first, *grid).movedim(0, weight.out_axis).reshape(-1).nonzero().view(-1)
+
+
 def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
     """Positions drawn uniformly among those never active, and only then among the others; a `Growth`.
 
@@ -77,6 +107,7 @@ READS: dict[Any, Need] = {
     momentum: Need.EVERY_GRADIENT,
     mean_momentum: Need.EVERY_GRADIENT,
     at_random: Need.NOTHING,
+    at_random_where_lost: Need.NOTHING,
     unexplored_first: Need.EXPLORED,
 }
 """What fields, growths and statistics that are plain functions read."""
@@ -266,6 +297,13 @@ def require_finite(weight: SparseWeight, score: Tensor) -> None:
             f"{weight.name}: {bad:,} of {score.numel():,} growth scores are not finite: lower the learning rate, "
             "or skip such steps with a gradient scaler"
         )
+
+
+def _by_output(weight: SparseWeight, topology: Topology) -> Tensor:
+    """Which units are active at each output, or at each row of units, bool (outputs, units of one) on the CPU."""
+    mask = torch.zeros(topology.places, dtype=torch.bool)
+    mask[topology.indices.cpu()] = True
+    return mask.view(topology.grid).movedim(weight.out_axis, 0).reshape(topology.grid[weight.out_axis], -1)
 
 
 def _neuron_of(weight: SparseWeight) -> Callable[[Tensor], Tensor]:

@@ -54,6 +54,37 @@ def random_topology(density: float | None, allocate: Allocation, structure: Stru
     return Start(make, require=lambda weights: weights.require(density))
 
 
+def random_fan_in(density: float | None, allocate: Allocation) -> Start:
+    """Uniformly random units, as many at each output: fan-ins differ by one where the count asks for it, earlier first.
+
+    With larger units an output is a row of units, a group of outputs that share their inputs.
+
+    Args:
+        density: active share of the sparsified entries; None leaves it to an `explicit` allocation.
+        allocate: how the active entries are shared among the weights.
+
+    Source: Schultheis and Babbar 2023, Towards Memory-Efficient Training for Extremely Large Output Spaces, section 3;
+    the code of HASTE (Group-shared Fixed Fan-in, 2026).
+    """
+
+    def drawn(weight: SparseWeight, count: int) -> Topology:
+        whole = weight.topology.at(None)
+        outputs = whole.grid[weight.out_axis]
+        size = whole.places // outputs
+        fan_ins = [count // outputs + (i < count % outputs) for i in range(outputs)]
+        mask = torch.zeros(outputs, size, dtype=torch.bool)
+        for output, fan_in in enumerate(fan_ins):
+            mask[output, torch.from_numpy(weight.generator.subset(size, fan_in))] = True
+        others = [n for axis, n in enumerate(whole.grid) if axis != weight.out_axis]
+        return whole.at(mask.view(outputs, *others).movedim(0, weight.out_axis).reshape(-1).nonzero().view(-1))
+
+    def make(weights: Weights, probe: Probe) -> None:
+        counts = allocate(weights, None, None if density is None else weights.total(density))
+        rewire(weights, [drawn(w, n) for w, n in zip(weights, counts, strict=True)])
+
+    return Start(make, require=lambda weights: weights.require(density))
+
+
 def given(topologies: Mapping[str, Topology]) -> Start:
     """These topologies, with the values that the model has: a mask without the weights it was found with.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -87,12 +88,23 @@ def blocks(height: int, width: int, pool: Pool = mean) -> Boxes:
     if height < 1 or width < 1:
         raise ValueError(f"blocks: height and width must be at least 1, got {height} x {width}")
 
-    def box(weight: Sized) -> tuple[int, ...]:
+    return Boxes(_Block(height, width), pool)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """How far a block reaches along each axis; a value, so that equal structures are equal."""
+
+    height: int
+    width: int
+
+    def __call__(self, weight: Sized) -> tuple[int, ...]:
         steps = [1] * len(weight.shape)
-        steps[weight.out_axis], steps[weight.in_axis] = height, width
+        steps[weight.out_axis], steps[weight.in_axis] = self.height, self.width
         return tuple(steps)
 
-    return Boxes(box, pool)
+    def __str__(self) -> str:
+        return f"groups({self.height})" if self.width == 1 else f"blocks({self.height},{self.width})"
 
 
 def groups(size: int, pool: Pool = mean) -> Boxes:
