@@ -19,11 +19,24 @@ from torch import Tensor, nn
 import regrow
 from regrow.core.method import Method, Need, Structure
 from regrow.core.topology import Topology
+from regrow.core.units import largest
 from regrow.parts.allocation import uniform
 from regrow.parts.schedules import cubic
 from regrow.parts.scores import magnitude
 from regrow.parts.starts import dense, random_topology
-from regrow.parts.structures import best_of_each, blocks, constant_fan_in, evenly, fan_ins, n_of_m, rows, unstructured
+from regrow.parts.structures import (
+    best_of_each,
+    blocks,
+    columns,
+    constant_fan_in,
+    evenly,
+    fan_ins,
+    groups,
+    heads,
+    n_of_m,
+    rows,
+    unstructured,
+)
 from regrow.parts.updates import every, prune
 
 Array = NDArray[Any]
@@ -90,6 +103,37 @@ def test_rows_are_whole_outputs_of_highest_mean(case: tuple[Any, Array], part: f
     count = int(part * (score > -INF).sum())
     groups = [[p for p in positions(w.shape) if p[w.out_axis] == o] for o in range(w.shape[w.out_axis])]
     assert (chosen(rows, w, score, count) == mask_of(nearest_groups(groups, score, count), w.shape)).all()
+
+
+@given(scored(), st.floats(0, 1))
+def test_columns_are_whole_inputs_of_highest_mean(case: tuple[Any, Array], part: float) -> None:
+    w, score = case
+    count = int(part * (score > -INF).sum())
+    groups = [[p for p in positions(w.shape) if p[w.in_axis] == i] for i in range(w.shape[w.in_axis])]
+    assert (chosen(columns, w, score, count) == mask_of(nearest_groups(groups, score, count), w.shape)).all()
+
+
+@given(scored(), st.floats(0, 1), st.data())
+def test_heads_are_equal_parts_of_the_outputs(case: tuple[Any, Array], part: float, data: st.DataObject) -> None:
+    w, score = case
+    outputs = w.shape[w.out_axis]
+    number = data.draw(st.sampled_from([n for n in range(1, outputs + 1) if outputs % n == 0]))
+    count, size = int(part * (score > -INF).sum()), outputs // number
+    groups = [[p for p in positions(w.shape) if p[w.out_axis] // size == h] for h in range(number)]
+    assert (chosen(heads(number), w, score, count) == mask_of(nearest_groups(groups, score, count), w.shape)).all()
+    with pytest.raises(ValueError, match=rf"heads\({outputs + 1}\): w has {outputs} outputs, which they do not divide"):
+        heads(outputs + 1).box(w)
+
+
+def test_structures_are_values() -> None:
+    assert groups(8) == blocks(8, 1) and groups(8) != blocks(1, 8) and groups(8) != groups(8, largest)
+    assert rows != columns and heads(4) == heads(4)
+
+
+@pytest.mark.parametrize("make", [lambda: blocks(0, 1), lambda: groups(0), lambda: heads(0)])
+def test_sizes_below_one_are_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        make()
 
 
 @given(scored(), st.floats(0, 1), st.integers(1, 4), st.integers(1, 4))

@@ -16,7 +16,9 @@ from regrow.core.method import Method, Units
 from regrow.nn import from_dense
 from regrow.parts import (
     blocks,
+    columns,
     groups,
+    heads,
     largest,
     lowest_globally,
     lowest_per_sign,
@@ -39,21 +41,31 @@ def rigl(structure: Units | None, density: float = 0.4, **options: Any) -> Metho
 
 
 EVEN = {"linear": groups(8), "conv": groups(3), "attention": groups(2), "volume": groups(2), "bilinear": groups(3)}
+WHOLE = {"linear": rows, "conv": columns}
 ODD = {"linear": groups(7), "conv": blocks(4, 4), "gru": groups(7), "lstm": blocks(1, 4), "decoder": groups(4)}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize(("net", "structure"), [*EVEN.items(), *ODD.items()])
+@pytest.mark.parametrize(("net", "structure"), [*EVEN.items(), *ODD.items(), *WHOLE.items()])
 def test_both_storages_make_the_same_run(net: str, structure: Units, optimizer: str) -> None:
     """Also packed weights, weights whose sizes the unit does not divide, and those without kernels for units."""
     masked, compressed = (Run(s, rigl(structure), net, optimizer) for s in STORAGES)
     first = masked.sparsifier.topologies
+    assert sum(t.active for t in first.values()) < sum(t.places for t in first.values())
     for step in range(1, 25):
         assert compressed.step(step) == pytest.approx(masked.step(step), rel=1e-9), step
         assert compressed.sparsifier.topologies == masked.sparsifier.topologies, step
     masked.require_equal(compressed)
     assert first != masked.sparsifier.topologies
     assert any(not t.is_unstructured for t in first.values())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_heads_come_and_go_whole(storage: str) -> None:
+    run = Run(storage, methods.gmp(0.5, until=9, interval=3, structure=heads(2)), "attention", skip="head").go(1, 10)
+    for name, topology in run.sparsifier.topologies.items():
+        assert topology.mask.view(2, -1).float().mean(1).unique().tolist() in ([0.0, 1.0], [0.0], [1.0]), name
+    assert run.sparsifier.density == 0.5
 
 
 def test_which_layers_run_on_kernels_of_units() -> None:

@@ -337,8 +337,8 @@ def compare(specs: str, densities: str | None, seeds: int, jobs: int, out: Path 
     multiple=True,
     default=tuple(benchmark.STRUCTURES),
     show_default=True,
-    help="What else than single entries may be active or inactive together: groups(G), blocks(H,W), rows; may be "
-    "repeated.",
+    help="What else than single entries may be active or inactive together: groups(G), blocks(H,W), heads(N), rows, "
+    "columns; may be repeated.",
 )
 @click.option("--peers", is_flag=True, help="Also time SparseLab and SparseProp, where they are installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

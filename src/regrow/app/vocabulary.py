@@ -262,7 +262,7 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
         if hint == kind:
             return partial(_choose, values), " | ".join(values)
     if hint == Units | None:
-        return parse_units, "groups(G) | blocks(H,W) | rows | none"
+        return parse_units, "groups(G) | blocks(H,W) | heads(N) | rows | columns | none"
     if hint == Allocation:
         return parse_allocation, " | ".join(ALLOCATIONS) + " | GLOB=DENSITY,...[,rest=NAME]"
     if get_origin(hint) is Literal:
@@ -274,21 +274,25 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
 
 
 def parse_units(text: str) -> Units | None:
-    """What is active or inactive together: groups(G), blocks(H,W), rows or none.
+    """What is active or inactive together: groups(G), blocks(H,W), heads(N), rows, columns or none.
 
     Examples:
         >>> parse_units("rows") is structures.rows, parse_units("none")
         (True, None)
     """
-    named: dict[str, Units | None] = {"rows": structures.rows, "none": None}
+    named: dict[str, Units | None] = {"rows": structures.rows, "columns": structures.columns, "none": None}
     if text in named:
         return named[text]
-    match = re.fullmatch(r"(groups)\((\d+)\)|(blocks)\((\d+), ?(\d+)\)", text)
-    if match is None:
-        raise ValueError("there are groups(8), blocks(4,4) and the like, rows and none")
-    if match[1]:
-        return structures.groups(int(match[2]))
-    return structures.blocks(int(match[4]), int(match[5]))
+    made: dict[tuple[str, int], Callable[..., Units]] = {
+        ("groups", 1): structures.groups,
+        ("heads", 1): structures.heads,
+        ("blocks", 2): structures.blocks,
+    }
+    match = re.fullmatch(r"(\w+)\((\d+(?:, ?\d+)*)\)", text)
+    sizes = [int(size) for size in match[2].split(",")] if match else []
+    if match is None or (match[1], len(sizes)) not in made:
+        raise ValueError("there are groups(8), blocks(4,4), heads(8) and the like, rows, columns and none")
+    return made[match[1], len(sizes)](*sizes)
 
 
 def parse_allocation(text: str) -> Allocation:
@@ -322,7 +326,7 @@ def _choose(values: Mapping[str, T], word: str) -> T:
 def _word(value: Any) -> Any:
     """The word that stands for a default value."""
     if isinstance(value, Units):
-        return "rows" if value == structures.rows else str(value.box)
+        return next((word for word in ("rows", "columns") if parse_units(word) == value), str(value.box))
     for table in (ALLOCATIONS, ANNEALS, DROPS, GROWTHS, SCORES, REDISTRIBUTIONS, SWITCH):
         for word, known in table.items():
             if known is value and value is not None:

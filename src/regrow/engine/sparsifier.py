@@ -17,7 +17,8 @@ from regrow.core.weight import Weights
 from regrow.engine import claims
 from regrow.engine.discovery import Excluded
 from regrow.engine.step import Stepper, draw_for, plan
-from regrow.parts.observers import EXPLORATION
+from regrow.parts.observers import EXPLORATION, explored_entries
+from regrow.parts.remembered import EXPLORED
 from regrow.storage.stored import Storage, Stored
 
 STATE_VERSION = 1
@@ -131,7 +132,7 @@ class Sparsifier:
         """R_s: the share of entries that were ever active; None unless the method keeps track (`Need.EXPLORED`)."""
         if Need.EXPLORED not in self.method.needs:
             return None
-        return sum(int(w.state["explored"].sum()) if "explored" in w.state else 0 for w in self.weights) / self.numel
+        return sum(explored_entries(w) if EXPLORED.known(w) else 0 for w in self.weights) / self.numel
 
     @property
     def due(self) -> bool:
@@ -269,8 +270,8 @@ class Sparsifier:
         head = f"{self.method.name}: {state}, step {self.step:,}, {self.updates:,} updates"
         rows, storages = [], self.storages
         for weight in self.weights:
-            explored = weight.state.get("explored")
-            rate = "" if explored is None else f"{float(explored.double().mean()):.3f}"
+            known = EXPLORED.known(weight)
+            rate = f"{explored_entries(weight) / max(1, weight.topology.numel):.3f}" if known else ""
             t = weight.topology
             counts = [f"{t.density:.4f}", f"{t.nnz:,}"]
             rows.append([weight.name, _shape(weight.shape), *counts, storages[weight.name], rate])

@@ -36,8 +36,8 @@ SHARED: dict[str, str] = {
     "allocate": "how the active entries are shared among the weights: `uniform`, `er`, `erk`, densities by name, or "
     "where entries are ranked `globally` or `layer_adaptive`.",
     "regrow_dropped": '"keep", "reset" or "forbid" entries that are dropped and would grow again at once.',
-    "structure": "what is active or inactive together: `groups(8)` of outputs, `blocks(h, w)`, `rows`; None is every "
-    "entry by itself.",
+    "structure": "what is active or inactive together: `groups(8)` of outputs, `blocks(h, w)`, `rows`, `columns`, "
+    "`heads(n)`; None is every entry by itself.",
     "timing": 'the update comes "instead" of an optimizer step or "after" one.',
     "rounds": "how often gradients are asked for.",
     "last_density": "the least density of the last layer, in [0, 1]; None lets it fall like the others.",

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from regrow.core.topology import Topology
 from regrow.engine.sparsifier import Sparsifier
+from regrow.parts.observers import explored_entries
+from regrow.parts.remembered import EXPLORED, PLACED
 
 
 def densities(sparsifier: Sparsifier) -> dict[str, float]:
@@ -26,10 +28,9 @@ class Exploration(NamedTuple):
 
 
 def exploration(sparsifier: Sparsifier) -> Exploration:
-    """R_s: units that were ever active / all units of the sparsified weights, with what it can be at most.
+    """R_s: entries that were ever active / all entries of the sparsified weights, with what it can be at most.
 
-    A unit is an entry unless the method says otherwise. An update that grows k_l units in weight l of N units in all
-    raises R_s by at most sum(k_l) / N.
+    An update that grows k_l entries in weight l of N entries in all raises R_s by at most sum(k_l) / N.
 
     Raises:
         ValueError: when the method was not asked to keep track: give it `Need.EXPLORED`.
@@ -37,18 +38,20 @@ def exploration(sparsifier: Sparsifier) -> Exploration:
     Source: Liu et al. 2021, Do We Actually Need Dense Over-Parameterization?, section 3.2.
     """
     overall = sparsifier.explored
-    if overall is None or any("explored" not in w.state for w in sparsifier.weights):
+    if overall is None or not all(EXPLORED.known(w) for w in sparsifier.weights):
         raise ValueError(
             f"{sparsifier.method.name} keeps no explored positions: use method._replace(needs=method.needs | "
             "Need.EXPLORED) and start it"
         )
-    places = {w.name: w.topology.places for w in sparsifier.weights}
-    placed = {w.name: min(int(w.state["placed"]), places[w.name]) for w in sparsifier.weights}
+    numel = {w.name: max(1, w.topology.numel) for w in sparsifier.weights}
+    # Units at an edge have fewer entries than they are counted with here.
+    placed = {w.name: int(PLACED.of(w)) * w.topology.unit_size for w in sparsifier.weights}
+    placed = {name: min(n, numel[name]) for name, n in placed.items()}
     return Exploration(
         overall,
-        {w.name: float(w.state["explored"].double().mean()) if places[w.name] else 0.0 for w in sparsifier.weights},
-        sum(placed.values()) / max(1, sum(places.values())),
-        {name: placed[name] / max(1, n) for name, n in places.items()},
+        {w.name: explored_entries(w) / numel[w.name] for w in sparsifier.weights},
+        sum(placed.values()) / max(1, sparsifier.numel),
+        {name: placed[name] / n for name, n in numel.items()},
     )
 
 

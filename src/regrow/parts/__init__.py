@@ -108,6 +108,7 @@ from regrow.parts.growth import (
 )
 from regrow.parts.observers import (
     EXPLORATION,
+    explored_entries,
     keep_momentum,
     mark_explored,
 )
@@ -202,10 +203,12 @@ from regrow.parts.structures import (
     best_of_each,
     blocks,
     by_output,
+    columns,
     constant_fan_in,
     evenly,
     fan_ins,
     groups,
+    heads,
     n_of_m,
     of_outputs,
     outputs_of,
@@ -250,8 +253,9 @@ __all__ = [  # noqa: RUF022 - by noun
     "Anneal", "constant", "cosine", "cosine_to", "cosine_to_half_percent", "cubic", "inverse_power", "linear",
     "Schedule",
     # Structures
-    "best_of_each", "blocks", "Boxes", "by_output", "constant_fan_in", "evenly", "fan_ins", "groups", "largest", "mean",
-    "n_of_m", "of_outputs", "outputs_of", "Pool", "root_mean_square", "rows", "unstructured",
+    "best_of_each", "blocks", "Boxes", "by_output", "columns", "constant_fan_in", "evenly", "fan_ins", "groups",
+    "heads", "largest", "mean", "n_of_m", "of_outputs", "outputs_of", "Pool", "root_mean_square", "rows",
+    "unstructured",
     # Updates
     "chain", "checked", "drop_and_grow", "every", "everywhere", "grown_counts", "prune", "prune_to", "reached",
     "rewire",
@@ -263,7 +267,7 @@ __all__ = [  # noqa: RUF022 - by noun
     "Candidates", "connection_sensitivity", "every_position", "gradient_flow", "in_rounds", "outputs_in_rounds",
     "remaining", "Sensitivity", "synaptic_flow",
     # Observers
-    "EXPLORATION", "keep_momentum", "mark_explored",
+    "EXPLORATION", "explored_entries", "keep_momentum", "mark_explored",
     # What is remembered
     "BACKWARD_SET", "DROP_THRESHOLD", "EXPLORED", "GATE_LOGITS", "LATENT", "LOG_VARIANCE", "MOMENTUM",
     "MOVEMENT_SCORES", "PLACED", "Remembered", "SOFT_THRESHOLD", "Stateful", "TARGET",

@@ -32,6 +32,18 @@ def keep_momentum(decay: float) -> Observer:
     return observe
 
 
+def explored_entries(weight: SparseWeight) -> int:
+    """How many entries of a weight were ever active.
+
+    Raises:
+        ValueError: when the method keeps no record of explored positions, naming the weight.
+    """
+    record = EXPLORED.of(weight)
+    if weight.topology.is_unstructured:
+        return int(record.sum())
+    return weight.topology.at(record.nonzero().view(-1)).nnz
+
+
 def mark_explored(weight: SparseWeight, before: Topology | None = None) -> None:
     """Keep `EXPLORED`, every unit that was ever active, and `PLACED`, how often one became active.
 

@@ -57,11 +57,63 @@ class Boxes(Units):
         return _topology(weight, chosen & allowed)
 
 
-rows = Boxes(lambda weight: tuple(1 if a == weight.out_axis else n for a, n in enumerate(weight.shape)), mean)
+def _one_output(weight: Sized) -> tuple[int, ...]:
+    return tuple(1 if axis == weight.out_axis else size for axis, size in enumerate(weight.shape))
+
+
+def _one_input(weight: Sized) -> tuple[int, ...]:
+    return tuple(1 if axis == weight.in_axis else size for axis, size in enumerate(weight.shape))
+
+
+rows = Boxes(_one_output, mean)
 """Whole output neurons or filters, of highest mean score; `Units`, and a `Structure`.
 
 Source: Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.1 (there the sum, which ranks alike).
 """
+
+columns = Boxes(_one_input, mean)
+"""Whole inputs: all that one input neuron or channel sends, of highest mean score; `Units`, and a `Structure`.
+
+Source: He et al. 2017, Channel Pruning for Accelerating Very Deep Neural Networks, section 3, for its units alone.
+"""
+
+
+def heads(number: int, pool: Pool = mean) -> Boxes:
+    """All outputs of an attention head, for projections to `number` heads; `Units`, and a `Structure`.
+
+    Args:
+        number: heads, 1 or more, into which the outputs of every weight are divided evenly.
+        pool: as for `blocks`.
+
+    Raises:
+        ValueError: for a number below 1; from the structure, where it does not divide a weight's outputs, naming it.
+
+    Source: Michel et al. 2019, Are Sixteen Heads Really Better than One?, section 3, for its units alone.
+
+    Examples:
+        >>> from regrow.parts import Shaped
+        >>> heads(8).box(Shaped("q.weight", (512, 256), Topology((512, 256))))
+        (64, 256)
+    """
+    if number < 1:
+        raise ValueError(f"heads: the number must be at least 1, got {number}")
+    return Boxes(_Heads(number), pool)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """How far a head reaches along each axis."""
+
+    number: int
+
+    def __call__(self, weight: Sized) -> tuple[int, ...]:
+        outputs = weight.shape[weight.out_axis]
+        if outputs % self.number:
+            raise ValueError(f"heads({self.number}): {weight.name} has {outputs:,} outputs, which they do not divide")
+        return tuple(size // self.number if axis == weight.out_axis else size for axis, size in enumerate(weight.shape))
+
+    def __str__(self) -> str:
+        return f"heads({self.number})"
 
 
 def blocks(height: int, width: int, pool: Pool = mean) -> Boxes:
