@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from regrow.core.method import Allocation
 from regrow.core.names import matches
 from regrow.core.topology import Topology
-from regrow.core.weight import Weights
+from regrow.core.weight import Shaped, Weights
 from regrow.parts.allocation import (
-    Shaped,
     apportion,
     at_least,
     by_flops,
@@ -31,6 +30,7 @@ from regrow.parts.allocation import (
     proportional,
     require_last,
     uniform,
+    whole_units,
 )
 from support.networks import resnet50
 
@@ -622,3 +622,46 @@ def test_more_than_there_is_means_all_there_is(allocate: Allocation) -> None:
     """A budget in FLOPs may hold fewer entries than its density says, and the next pruning asks for more than these."""
     weights = [Shaped("a", (4, 4), Topology((4, 4), torch.arange(5))), weight("b", (3, 2))]
     assert allocate(weights, [torch.rand(5), torch.rand(6)], 20) == [5, 6]
+
+
+def of_units(*places: int, unit: int) -> list[Shaped]:
+    return [Shaped(f"w{i}", (unit, n), Topology((unit, n), unit=(unit, 1))) for i, n in enumerate(places)]
+
+
+@given(st.integers(0, 200), st.integers(1, 6))
+def test_one_ranking_of_units_comes_as_near_to_the_total_as_they_can(total: int, unit: int) -> None:
+    """Of two equally near numbers of units it is the smaller."""
+    weights = of_units(9, 4, 7, unit=unit)
+    scores = [torch.from_numpy(np.random.default_rng(i).permutation(w.topology.places)) for i, w in enumerate(weights)]
+    found = globally(weights, scores, total)
+    assert sum(found) == min(range(21), key=lambda n: abs(n * unit - min(total, 20 * unit)))
+    ranked = sorted(((-int(s), i, at) for i, score in enumerate(scores) for at, s in enumerate(score)))[: sum(found)]
+    assert found == [sum(i == place for _, i, _ in ranked) for place in range(3)]
+
+
+@given(st.integers(0, 500))
+def test_units_of_different_sizes_are_ranked_together_by_what_they_hold(total: int) -> None:
+    weights = [*of_units(9, unit=4), *of_units(30, unit=1), *of_units(5, unit=6)]
+    scores = [torch.from_numpy(np.random.default_rng(i).random(w.topology.places)) for i, w in enumerate(weights)]
+    found = globally(weights, scores, total)
+    ranked = sorted((-float(s), i, at) for i, score in enumerate(scores) for at, s in enumerate(score))
+    held = np.cumsum([0, *([4, 1, 6][i] for _, i, _ in ranked)])
+    assert sum(found) == int(np.abs(held - min(total, 96)).argmin())
+    assert found == [sum(i == place for _, i, _ in ranked[: sum(found)]) for place in range(3)]
+
+
+@given(st.lists(st.integers(0, 12), min_size=3, max_size=3), st.integers(1, 6))
+def test_whole_units_are_rounded_and_their_sum_is_as_near_as_it_can(entries: list[int], unit: int) -> None:
+    weights = of_units(12, 12, 12, unit=unit)
+    found = whole_units(entries, weights)
+    assert all(n >= (e > 0) and abs(n - e / unit) <= 1 for n, e in zip(found, entries, strict=True))
+    if all(e >= unit for e in entries):
+        assert abs(sum(found) * unit - sum(entries)) <= unit / 2
+
+
+def test_floors_and_densities_of_layers_are_of_units_too() -> None:
+    weights = of_units(10, 20, unit=4)
+    assert explicit({"w0": 0.5}, rest=uniform)(weights, None, 60) == [5, 10]
+    assert last_at_least(0.5, "w0", uniform)(weights, None, 40) == [5, 5]
+    assert at_least(9, uniform)(weights, None, 24) == [3, 3]
+    assert by_flops({"w0": 3, "w1": 1}, uniform)(weights, None, 60) == [5, 10]

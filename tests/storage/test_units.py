@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import regrow
-from regrow import Topology, methods, sparsify
+from regrow import Topology, methods, metrics, sparsify
 from regrow import nn as sparse_nn
 from regrow.core.method import Method, Units
 from regrow.nn import from_dense
@@ -30,7 +30,7 @@ from regrow.parts import (
 )
 from regrow.parts.schedules import cubic
 from regrow.parts.starts import dense
-from regrow.tickets import Ticket
+from regrow.tickets import Superposition, Ticket, shuffled
 from support.pairs import NETS, Run, of_units
 
 STORAGES = ("masked", "compressed")
@@ -144,6 +144,33 @@ def test_tickets_are_of_units_too() -> None:
         ticket.install(Run("masked", rigl(None), "linear").sparsifier)
 
 
+def test_tickets_of_units_are_superposed_and_shuffled_unit_by_unit() -> None:
+    run, mean = Run("masked", rigl(groups(4), 0.3), "linear", only="0"), Superposition()
+    full: dict[str, list[Tensor]] = {}
+    for step in (1, 7, 13):
+        run.go(step, step + 5)
+        mean.add(Ticket.of(run.sparsifier))
+        for weight in run.sparsifier.weights:
+            flat = torch.zeros(weight.topology.numel, dtype=torch.float64)
+            flat[weight.topology.entries] = weight.values()
+            full.setdefault(weight.name, []).append(flat)
+    ticket = mean.ticket()
+    for name, topology in ticket.topologies.items():
+        expected = torch.stack(full[name]).mean(0)
+        assert topology.unit == (4, 1) and topology.active > run.sparsifier.topologies[name].active
+        torch.testing.assert_close(ticket.values[name], expected[topology.entries])
+        assert not expected[~topology.mask.view(-1)].any()
+    pruned = mean.ticket(density=0.3)
+    assert pruned.nnz == run.sparsifier.nnz
+    for name, topology in pruned.topologies.items():
+        torch.testing.assert_close(pruned.values[name], torch.stack(full[name]).mean(0)[topology.entries])
+    again = Superposition()
+    again.load_state_dict(mean.state_dict())
+    assert again.ticket().topologies == ticket.topologies
+    for name, topology in shuffled(ticket.topologies, seed=1).items():
+        assert (topology.unit, topology.active) == ((4, 1), ticket.topologies[name].active)
+
+
 def test_units_that_would_span_two_gates_are_refused() -> None:
     model = nn.GRU(6, 7)
     with pytest.raises(ValueError, match=r"weight_ih_l0\[0\] is one of 3 blocks of 7 rows, and units of 8"):
@@ -186,6 +213,11 @@ def test_exploration_counts_units() -> None:
     topology = run.sparsifier.topologies["0.weight"]
     assert explored.shape == (topology.places,) and explored[topology.indices].all()
     assert float(explored.double().mean()) > topology.active / topology.places
+    known = metrics.exploration(run.sparsifier)
+    assert known.layers["0.weight"] == float(explored.double().mean())
+    assert run.sparsifier.density < known.overall <= known.bound <= 1
+    placed = int(run.sparsifier.weights[0].state["placed"])
+    assert known.bounds["0.weight"] == min(1, placed / topology.places)
 
 
 def test_a_model_on_the_meta_device_gets_units_without_a_dense_form() -> None:
