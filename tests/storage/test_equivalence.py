@@ -106,10 +106,13 @@ RUNS += [(method, "conv", "sgd") for method in ("dense", "static", "static-er", 
 
 @pytest.mark.parametrize(("method", "net", "optimizer"), RUNS)
 def test_free_runs_stay_together(method: str, net: str, optimizer: str, monkeypatch: pytest.MonkeyPatch):
-    """200 steps in float64, 19 updates: equal topologies at each, and losses as equal as arithmetic allows."""
+    """Many steps and updates in float64: equal topologies at each, and losses as equal as arithmetic allows.
+
+    With AdamW, which forgets least, 200 steps and 19 updates; half of that with SGD, a quarter of recurrent networks.
+    """
+    steps = 50 if net not in ("linear", "conv") else 200 if optimizer == "adamw" else 100
     monkeypatch.setattr(table, "INTERVAL", 9)
-    monkeypatch.setattr(table, "UNTIL", 180)
-    steps = 200 if net in ("linear", "conv") else 50
+    monkeypatch.setattr(table, "UNTIL", steps - 10 if steps == 100 else 180)
     masked, compressed = (Run(s, METHODS[method](), net, optimizer) for s in ("masked", "compressed"))
     first = masked.sparsifier.topologies
     for step in range(1, steps + 1):
