@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regrow.core.names import canonical_names
+from regrow.core.text import by
 from regrow.core.topology import Topology
 from regrow.engine.sparsifier import Sparsifier
 from regrow.nn import SparseModule
@@ -279,8 +280,8 @@ def _require_fit(path: Path, found: Mapping[str, Saved], held: Held) -> None:
             )
         if name in held.sparse and topology.unit != (own := held.sparse[name][0].topology(held.sparse[name][1])).unit:
             raise ValueError(
-                f"{path} has {name} in units of {' x '.join(map(str, topology.unit))} entries, and the model's sparse "
-                f"module in units of {' x '.join(map(str, own.unit))}: make it with the same structure=, or load into "
+                f"{path} has {name} in units of {by(topology.unit)} entries, and the model's sparse "
+                f"module in units of {by(own.unit)}: make it with the same structure=, or load into "
                 "a dense model"
             )
         if name in held.sparse and topology.nnz > tensor.numel():

@@ -17,7 +17,7 @@ CASES: dict[str, dict[str, Changes]] = {
     "static": {
         "density": [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT}, 0)],
         "allocate": [({"allocate": "uniform"}, 0)],
-        "structure": [({"structure": s}, 0) for s in ("threes", "tiles", "rows")],
+        "structure": [({"structure": s}, 0) for s in ("fives", "tiles", "rows")],
     },
 }
 

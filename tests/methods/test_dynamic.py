@@ -76,10 +76,9 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
         for g in GROWTHS
     ),
     ("itop_rigl", {"allocate": "uniform", "begin": 1, "interval": 2}),
-    *((name, {"structure": "threes", "density": 0.5}) for name in PAPERS),
+    *((name, {"structure": "fives", "density": 0.5, "redistribute": None}) for name in PAPERS),
     ("rigl", {"structure": "tiles", "density": 0.6, "fraction": 0.7, "regrow_dropped": "reset"}),
-    ("set", {"structure": "threes", "density": 0.6, "fraction": 0.7, "regrow_dropped": "forbid"}),
-    ("snfs", {"structure": "threes", "drop": "global", "redistribute": "survivors"}),
+    ("set", {"structure": "fives", "density": 0.6, "fraction": 0.7, "regrow_dropped": "forbid"}),
     ("dst", {"structure": "rows", "density": 0.7, "drop": "taylor", "grow": "mixed", "allocate": "uniform"}),
 ]
 
@@ -91,6 +90,17 @@ def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: st
     options = SHORT[name] | options
     for seed in range(3):
         assert_same(actual(library(name, options), kind, seed), paper(name, options, kind, seed))
+
+
+@pytest.mark.parametrize(
+    "options", [{"redistribute": "survivors", "drop": "global"}, {"redistribute": "momentum"}], ids=str
+)
+@pytest.mark.parametrize("name", ["snfs", "rigl"])
+def test_units_of_one_size_move_between_weights(name: str, options: dict[str, Any]) -> None:
+    """Properties 26 and 27, counted in units."""
+    options = SHORT[name] | {"structure": "fours", "density": 0.5} | options
+    for seed in range(3):
+        assert_same(actual(library(name, options), "fours", seed), paper(name, options, "fours", seed))
 
 
 MANY = {"density": 0.7, "fraction": 0.9}
@@ -117,7 +127,7 @@ def shared(name: str) -> dict[str, Changes]:
         "decay": [({"decay": d}, 3, mean) for d in (0.0, 0.5)],
         "allocate": [({"allocate": a}, 0) for a in ("uniform", "er", "erk") if a != own["allocate"]],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "reset"}, 6, MANY)],
-        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
+        "structure": [({"structure": s}, 0, {"redistribute": None}) for s in ("fives", "tiles")],
     }
 
 

@@ -60,7 +60,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "force": {"density": 0.3, "rounds": 3},
 }
 
-STRUCTURE: Changes = [({"structure": s}, 0) for s in ("threes", "tiles", "rows")]
+STRUCTURE: Changes = [({"structure": s}, 0) for s in ("fives", "tiles", "rows")]
 ALLOCATE: Changes = [({"allocate": "uniform"}, 0), ({"allocate": "erk"}, 0)]
 DENSITY: Changes = [({"density": 0.5}, 0), ({"density": None, "allocate": EXPLICIT, "rounds": 1}, 0)]
 ROUNDS: Changes = [({"rounds": 1}, 0), ({"rounds": 2}, 0), ({"rounds": 7}, 0)]

@@ -152,7 +152,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("gmp_uniform", {"last_density": None}),
     ("ac_dc", {}),
     ("ac_dc", {"begin": 1, "phase": 3, "allocate": "uniform", "until": 15}),
-    *((name, {"structure": "threes"}) for name in ("granet", "granet_uniform", "gmp", "gmp_uniform", "ac_dc")),
+    *((name, {"structure": "fives"}) for name in ("granet", "granet_uniform", "gmp", "gmp_uniform", "ac_dc")),
     ("gmp", {"structure": "rows", "allocate": "globally", "density": 0.5}),
     ("granet", {"structure": "tiles", "init_density": 1.0, "allocate": "layer_adaptive", "density": 0.4}),
     ("ac_dc", {"begin": 3, "phase": 1, "timing": "instead", "density": 0.1}),
@@ -169,14 +169,14 @@ def test_a_run_is_that_of_the_paper(name: str, options: dict[str, Any], kind: st
 
 
 TIMES: dict[str, Changes] = {
-    "structure": [({"structure": "threes"}, 3), ({"structure": "tiles"}, 3)],
+    "structure": [({"structure": "fives"}, 3), ({"structure": "tiles"}, 3)],
     "interval": [({"interval": 4}, 3), ({"interval": 2}, 2)],
     "begin": [({"begin": 1}, 1), ({"begin": 5}, 3)],
     "timing": [({"timing": "instead"}, 3)],
     "density": [({"density": 0.2}, 3)],
 }
 GRANET: dict[str, Changes] = TIMES | {
-    "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
+    "structure": [({"structure": "fives"}, 0), ({"structure": "tiles"}, 0)],
     "until": [({"until": 13}, 3), ({"until": 12}, 12, {"prune_until": 7, "anneal": "constant"})],
     "prune_until": [({"prune_until": 15}, 3), ({"prune_until": 6}, 3)],
     "init_density": [({"init_density": 0.6}, 0), ({"init_density": 1.0}, 0)],
@@ -229,7 +229,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "until": [({"until": 11}, 11), ({"until": 15}, 12)],
         "begin": [({"begin": 3}, 3), ({"begin": 5}, 4)],
         "phase": [({"phase": 3}, 4), ({"phase": None}, 2)],
-        "structure": [({"structure": "threes"}, 4), ({"structure": "tiles"}, 4)],
+        "structure": [({"structure": "fives"}, 4), ({"structure": "tiles"}, 4)],
         "allocate": [({"allocate": "uniform"}, 4), ({"allocate": "erk"}, 4)],
         "timing": [({"timing": "instead"}, 4)],
     },

@@ -129,7 +129,7 @@ PAPERS["haste"] = {
 }
 
 SHORT: dict[str, dict[str, Any]] = {
-    "haste": {"density": 0.5, "until": 13, "interval": 3, "fraction": 0.4, "structure": "threes"},
+    "haste": {"density": 0.5, "until": 13, "interval": 3, "fraction": 0.4, "structure": "fives"},
     "dsr": {"density": 0.3, "until": 13, "interval": 3, "fraction": 0.3, "threshold": 0.06},
     "mest": {"density": 0.3, "until": 13, "interval": 3, "fraction": 0.4},
     "deep_r": {"density": 0.3, "until": 13, "l1": 1e-3, "noise": 0.01},
@@ -261,11 +261,11 @@ def paper(name: str, options: dict[str, Any], kind: str, seed: int) -> History:
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("dsr", {}),
-    *((name, {"structure": "threes", "density": 0.5}) for name in ("dsr", "mest", "gse")),
+    *((name, {"structure": "fives", "density": 0.5, "redistribute": None}) for name in ("dsr", "mest", "gse")),
     ("mest", {"structure": "tiles", "density": 0.5, "soft": True}),
     ("haste", {}),
     ("haste", {"structure": None, "density": 0.3, "regrow_dropped": "keep", "allocate": "erk"}),
-    ("haste", {"structure": "tiles", "drop": "global", "timing": "instead", "anneal": "cosine"}),
+    ("haste", {"structure": "tiles", "drop": "taylor", "timing": "instead", "anneal": "cosine"}),
     ("dsr", {"threshold": 0.01, "tolerance": 0.0, "interval": 1}),
     ("dsr", {"threshold": 9.0, "regrow_dropped": "keep"}),
     ("dsr", {"density": 0.8, "threshold": 0.2, "allocate": "erk"}),
@@ -325,7 +325,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 9, MANY)],
-        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
+        "structure": [({"structure": s}, 0, {"redistribute": None}) for s in ("fives", "tiles")],
         "timing": [({"timing": "instead"}, 6)],
     },
     "mest": {
@@ -341,7 +341,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 3, {"grow": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "forbid"}, 3), ({"regrow_dropped": "keep"}, 6, MANY)],
-        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
+        "structure": [({"structure": "fives"}, 0), ({"structure": "tiles"}, 0)],
         "timing": [({"timing": "instead"}, 9)],
     },
     "deep_r": {
@@ -360,11 +360,11 @@ CASES: dict[str, dict[str, Changes]] = {
         "until": [({"until": 40}, 15), ({"until": 4}, 6)],
         "fraction": [({"fraction": 0.7}, 3), ({"fraction": 0.0}, 3)],
         "anneal": [({"anneal": "cosine"}, 3), ({"anneal": "linear"}, 3)],
-        "drop": [({"drop": "taylor"}, 3), ({"drop": "global"}, 3)],
+        "drop": [({"drop": "taylor"}, 3), ({"drop": "global"}, 3, {"structure": None})],
         "allocate": [({"allocate": "erk"}, 0)],
-        "regrow_dropped": [({"regrow_dropped": "keep"}, 9)],
-        "timing": [({"timing": "instead"}, 1, {"interval": 1})],
-        "structure": [({"structure": s}, 0) for s in (None, "tiles", "thirty-twos")],
+        "regrow_dropped": [({"regrow_dropped": "keep"}, 12, {"fraction": 0.7})],
+        "timing": [({"timing": "instead"}, 3, {"fraction": 0.7})],
+        "structure": [({"structure": s}, 0) for s in (None, "tiles", "rows")],
     },
     "gse": {
         "density": DENSITY,
@@ -378,7 +378,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 3, {"redistribute": "momentum"})],
         "allocate": [({"allocate": "erk"}, 0)],
         "regrow_dropped": [({"regrow_dropped": "keep"}, 3), ({"regrow_dropped": "reset"}, 3, MANY)],
-        "structure": [({"structure": "threes"}, 0), ({"structure": "tiles"}, 0)],
+        "structure": [({"structure": "fives"}, 0), ({"structure": "tiles"}, 0)],
         "timing": [({"timing": "instead"}, 6)],
     },
 }

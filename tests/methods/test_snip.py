@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Changes]] = {
     "snip": {
         "density": [({"density": 0.5}, 1), ({"density": None, "allocate": EXPLICIT}, 1)],
         "allocate": [({"allocate": "uniform"}, 1), ({"allocate": "erk"}, 1)],
-        "structure": [({"structure": s}, 1) for s in ("threes", "tiles", "rows")],
+        "structure": [({"structure": s}, 1) for s in ("fives", "tiles", "rows")],
     },
 }
 

@@ -137,14 +137,20 @@ def test_sizes_below_one_are_refused(make: Callable[[], Any]) -> None:
 
 
 @given(scored(), st.floats(0, 1), st.integers(1, 4), st.integers(1, 4))
-def test_blocks_are_whole_tiles_of_highest_mean(case: tuple[Any, Array], part: float, height: int, width: int) -> None:
+def test_blocks_are_whole_tiles_of_the_largest_sizes_that_divide(
+    case: tuple[Any, Array], part: float, height: int, width: int
+) -> None:
     w, score = case
     count = int(part * (score > -INF).sum())
     tiles: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    tall, wide = (
+        max(n for n in range(1, wanted + 1) if w.shape[axis] % n == 0)
+        for wanted, axis in ((height, w.out_axis), (width, w.in_axis))
+    )
     for p in positions(w.shape):
         corner = list(p)
-        corner[w.out_axis] //= height
-        corner[w.in_axis] //= width
+        corner[w.out_axis] //= tall
+        corner[w.in_axis] //= wide
         tiles.setdefault(tuple(corner), []).append(p)
     groups = [tiles[key] for key in sorted(tiles)]
     found = chosen(blocks(height, width), w, score, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,24 @@ from regrow.nn import from_dense
 from regrow.parts import (
     blocks,
     columns,
+    explicit,
+    globally,
     groups,
     heads,
+    highest,
     largest,
     lowest_globally,
     lowest_per_sign,
     magnitude,
     n_of_m,
     prune,
+    prune_global,
     rows,
     uniform,
 )
 from regrow.parts.schedules import cubic
 from regrow.parts.starts import dense
-from regrow.tickets import Superposition, Ticket, shuffled
+from regrow.tickets import Superposition, Ticket, layer_preserving, shuffled
 from support.pairs import NETS, Run, of_units
 
 STORAGES = ("masked", "compressed")
@@ -72,7 +77,7 @@ def test_which_layers_run_on_kernels_of_units() -> None:
     model = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 5), nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 8, 3))
     sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), rigl(groups(8)), storage="compressed")
     kinds = [type(layer.index()).__name__ for layer in model if isinstance(layer, sparse_nn.SparseModule)]
-    assert kinds[:2] == ["UnitIndex", "Index"]
+    assert kinds == ["UnitIndex", "UnitIndex", "Index"]
 
 
 def test_values_stand_unit_by_unit() -> None:
@@ -173,9 +178,65 @@ def test_tickets_of_units_are_superposed_and_shuffled_unit_by_unit() -> None:
 
 def test_units_that_would_span_two_gates_are_refused() -> None:
     model = nn.GRU(6, 7)
-    with pytest.raises(ValueError, match=r"weight_ih_l0\[0\] is one of 3 blocks of 7 rows, and units of 8"):
-        sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), rigl(groups(8)))
-    assert not hasattr(model, "regrow")
+    own = Units(lambda weight: (3, 1), regrow.parts.mean)
+    with pytest.raises(ValueError, match=r"weight_ih_l0\[0\] is one of 3 blocks of 7 rows, and units of 3"):
+        sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), rigl(own))
+
+
+def test_a_density_below_half_a_unit_is_refused() -> None:
+    refused(
+        methods.gmp(0.01, until=3, interval=1, structure=rows, allocate=globally), "fewer than half of the smallest"
+    )
+    run = Run("masked", methods.static(None, allocate=explicit({"0": 0.5, "2": 0.01}), structure=rows), "linear")
+    assert run.sparsifier.topologies["2.weight"].active == 1
+
+
+def test_distances_are_of_entries() -> None:
+    one, two = (Topology((8, 4), torch.tensor(at), (4, 1)) for at in ([0, 1], [1, 2]))
+    assert metrics.distance({"w": one}, {"w": two}) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="different models have no distance"):
+        metrics.distance({"w": one}, {"w": Topology((8, 4))})
+
+
+def test_tickets_keep_the_units_of_each_layer() -> None:
+    run, mean = Run("masked", rigl(groups(4), 0.3), "linear", only="0"), Superposition()
+    for step in (1, 7):
+        mean.add(Ticket.of(run.go(step, step + 5).sparsifier))
+    kept = mean.ticket(allocate=layer_preserving)
+    assert {n: t.nnz for n, t in kept.topologies.items()} == {n: t.nnz for n, t in run.sparsifier.topologies.items()}
+
+
+@pytest.mark.parametrize("units", [{"other": [8, 1]}, None, {"0.weight": [4, 1]}])
+def test_a_crafted_state_is_refused_in_one_sentence(units: Any) -> None:
+    run = Run("masked", rigl(groups(8)))
+    with pytest.raises(ValueError, match="other units"):
+        run.sparsifier.load_state_dict({**run.sparsifier.state_dict(), "units": units})
+
+
+def test_a_crafted_module_state_is_refused_in_one_sentence() -> None:
+    layer = sparse_nn.SparseLinear(6, 8, density=0.5, structure=groups(4), seed=1)
+    state = layer.state_dict()
+    for unit in (torch.tensor([torch.inf, 1.0]), torch.tensor([3, 1]), torch.tensor([2**40, 1])):
+        with pytest.raises(RuntimeError, match=r"weight"):
+            layer.load_state_dict({**state, "weight_unit": unit})
+    with pytest.raises(RuntimeError, match="belong together"):
+        layer.load_state_dict({"weight_unit": torch.tensor([2, 1])}, strict=False)
+
+
+def test_a_field_comes_in_whole_rows_of_units() -> None:
+    def torn(weight: Any) -> Iterator[tuple[int, Tensor]]:
+        for first, block in weight.grad_blocks():
+            yield first, block[:12]
+
+    refused(rigl(groups(8), grow=highest(torn)), "a field came in a block of 12 numbers, and a row of units has 96")
+
+
+def test_a_unit_that_does_not_fit_gives_way_to_the_largest_that_does() -> None:
+    model = nn.Sequential(nn.Linear(12, 300), nn.Linear(300, 10), nn.Linear(10, 13))
+    sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), methods.static(0.3, structure=groups(8)))
+    assert [t.unit for t in sparsifier.topologies.values()] == [(6, 1), (5, 1), (1, 1)]
+    assert sparsifier.nnz == 2020  # Of 6,730 entries 2,019 are asked for, in units of 6, 5 and 1.
+    assert "300 x 12 in 6 x 1" in str(sparsifier) and "13 x 10 " in str(sparsifier)
 
 
 def refused(method: Method, match: str, net: str = "linear", steps: int = 6) -> None:
@@ -186,11 +247,12 @@ def refused(method: Method, match: str, net: str = "linear", steps: int = 6) -> 
 def test_what_does_not_go_with_units_is_refused() -> None:
     refused(rigl(groups(8), drop=lowest_per_sign), "0.weight has units of 8 x 1 entries, which have no one sign")
     pattern = Method("own", dense(), prune(cubic(1.0, 0.5, until=2), magnitude, uniform, n_of_m(1, 2)), units=groups(8))
-    refused(pattern, "0.weight is made of units of 8 x 1 entries, and a structure chooses single entries")
+    refused(pattern, "0.weight is made of units of 8 x 1 entries, and what is asked for chooses single entries")
     refused(methods.dnw(0.5)._replace(units=groups(8)), "dnw computes weights from values .*: leave out structure=")
     given = {"0.weight": Topology((24, 12)), "2.weight": Topology((5, 24))}
     start = methods.static(0.5)._replace(start=regrow.parts.given(given), units=groups(8))
-    refused(start, "0.weight is made of units of 8 x 1 entries, and its new topology of 1 x 1")
+    refused(start, "given: 0.weight is made of units of 8 x 1 entries, and its topology of 1 x 1: give .* structure=")
+    refused(methods.static(0.5)._replace(start=prune_global(0.2), units=groups(8)), "leave out the method's structure=")
 
 
 def test_units_of_different_sizes_are_not_traded_between_weights() -> None:

@@ -52,16 +52,22 @@ SHARES: dict[str, Callable[[tuple[int, ...]], float]] = {
 }
 
 
+def at_most(wanted: int, size: int) -> int:
+    """The largest divisor of `size` that is not above `wanted`."""
+    return max(n for n in range(1, wanted + 1) if size % n == 0)
+
+
 BOXES: dict[str | None, Callable[[Shape], Shape]] = {
     None: lambda s: (1,) * len(s),
-    "threes": lambda s: (3, *(1,) * (len(s) - 1)),
-    "tiles": lambda s: (3, 2, *(1,) * (len(s) - 2)),
+    "fives": lambda s: (at_most(5, s[0]), *(1,) * (len(s) - 1)),
+    "tiles": lambda s: (at_most(5, s[0]), at_most(2, s[1]), *(1,) * (len(s) - 2)),
+    "fours": lambda s: (at_most(4, s[0]), *(1,) * (len(s) - 1)),
     "rows": lambda s: (1, *s[1:]),
-    "thirty-twos": lambda s: (32, *(1,) * (len(s) - 1)),
+    "thirty-twos": lambda s: (at_most(32, s[0]), *(1,) * (len(s) - 1)),
 }
 """The shape of a weight, outputs first -> how far a unit reaches along each axis.
 
-Not two outputs: the gradients of the last layer's outputs sum to zero, so that half of four would tie with the rest."""
+Not two of the last layer's four outputs: their gradients sum to zero, so that half of them would tie with the rest."""
 
 
 def units_of(shape: Shape, structure: str | None) -> Array:
@@ -373,8 +379,9 @@ def assert_same(found: History, wanted: History, rtol: float = 1e-9, atol: float
 ALLOCATIONS = {name: getattr(parts, name) for name in ("uniform", "er", "erk", "globally", "layer_adaptive")}
 WORDS: dict[str, Mapping[str, Any]] = {
     "structure": {
-        "threes": parts.groups(3),
-        "tiles": parts.blocks(3, 2),
+        "fives": parts.groups(5),
+        "tiles": parts.blocks(5, 2),
+        "fours": parts.groups(4),
         "rows": parts.rows,
         "thirty-twos": parts.groups(32),
     },

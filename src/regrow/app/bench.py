@@ -251,7 +251,11 @@ def _layer(
     inputs = tuple(call.args[0].shape) if call.args and isinstance(call.args[0], Tensor) else ()
     bare, notes = without_hooks(module), {}
     topologies = {density: _random(task, density) for density in densities}
-    forms = {"compressed": None, **structures}
+    forms: dict[str, Units | None] = {"compressed": None, **structures}
+    for form, units in structures.items():
+        if (why := _misfit(task, module, units)) is not None:
+            notes[form] = why
+            del forms[form]
     made = {
         density: {form: compressed(bare, _random(task, density, units)) for form, units in forms.items()}
         for density in densities
@@ -280,7 +284,21 @@ def _layer(
     kind = kind_of(type(module))
     assert kind is not None
     shapes = tuple(weight.shape for weight in task.weights.values())
-    return Layer((task.name,), kind.name, shapes, inputs, races, notes, tuple(structures))
+    return Layer(
+        (task.name,), kind.name, shapes, inputs, races, notes, tuple(form for form in structures if form in forms)
+    )
+
+
+def _misfit(task: _Task, module: nn.Module, units: Units) -> str | None:
+    """Why a layer cannot be made of units: they would span two blocks of a packed weight, or fit none."""
+    kind = kind_of(type(module))
+    blocks = {} if kind is None else kind.weights_of(module)
+    try:
+        boxes = {name: units.box(w) for name, w in task.weights.items()}
+    except ValueError as error:
+        return str(error)
+    split = [n for n, box in boxes.items() if task.weights[n].shape[0] // blocks.get(n, 1) % box[0]]
+    return f"units would span two blocks of {', '.join(split)}" if split else None
 
 
 def _random(task: _Task, density: float, units: Units | None = None) -> Topologies:

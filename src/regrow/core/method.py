@@ -25,7 +25,7 @@ Score = Callable[[SparseWeight], Tensor]
 """How much each active entry deserves to stay: weight -> (nnz,)."""
 
 Field = Callable[[SparseWeight], Iterator[tuple[int, Tensor]]]
-"""A value for every position, streamed: weight -> (first flat position, block (n,)), ascending."""
+"""A value for every entry, streamed in whole rows of units: weight -> (first flat position, block (n,)), ascending."""
 
 Growth = Callable[[SparseWeight, Topology, int], Tensor]
 """Where entries appear: (weight, taken, count) -> (count,) distinct flat positions outside `taken`."""

@@ -22,3 +22,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
 
     return "\n".join(text(line) for line in lines)
+
+
+def by(sizes: Sequence[int]) -> str:
+    """Sizes as they are spoken.
+
+    Examples:
+        >>> by((300, 784))
+        '300 x 784'
+    """
+    return " x ".join(map(str, sizes))

@@ -31,11 +31,10 @@ class Topology:
         shape: the weight's shape.
         positions: (active,) int64, strictly ascending flat positions in [0, places); None means that every unit is
             active, and costs no memory.
-        unit: how many entries a unit spans along each axis; None is 1. The last units along an axis are smaller where
-            they do not divide it.
+        unit: how many entries a unit spans along each axis, which it divides; None is 1.
 
     Raises:
-        ValueError: when positions are out of range, unsorted or repeated, or a unit has not one size for each axis.
+        ValueError: when positions are out of range, unsorted or repeated, or a unit does not divide the shape.
 
     Examples:
         >>> topology = Topology((2, 3), torch.tensor([0, 4]))
@@ -57,8 +56,11 @@ class Topology:
         self, shape: tuple[int, ...], positions: Tensor | None = None, unit: tuple[int, ...] | None = None
     ) -> None:
         self._set(shape, unit, None, None)
-        if len(self.unit) != len(shape) or min(self.unit, default=1) < 1:
-            raise ValueError(f"a unit of a weight of shape {shape} has {len(shape)} sizes of at least 1, got {unit}")
+        if len(self.unit) != len(shape) or any(u < 1 or n % u for n, u in zip(shape, self.unit, strict=False)):
+            raise ValueError(
+                f"a unit of a weight of shape {shape} has {len(shape)} sizes of at least 1 that divide its own, got "
+                f"{unit}"
+            )
         if positions is None:
             return
         if positions.dtype != torch.int64 or positions.dim() != 1:
@@ -135,19 +137,10 @@ class Topology:
 
     @classmethod
     def stack(cls, topologies: Sequence[Topology]) -> Topology:
-        """One topology of all rows of `topologies`, whose shapes differ in the first axis at most.
-
-        Raises:
-            ValueError: when units would span two of them.
-        """
+        """One topology of all rows of `topologies`, whose shapes differ in the first axis at most, and units not."""
         first = topologies[0]
         if len(topologies) == 1:
             return first
-        if any(t.shape[0] % first.unit[0] for t in topologies[:-1]):
-            raise ValueError(
-                f"units of {first.unit[0]} rows would span two of {len(topologies)} blocks of {first.shape[0]:,} rows: "
-                "give units whose rows divide those of a block"
-            )
         shape = (sum(t.shape[0] for t in topologies), *first.shape[1:])
         if all(t._columns is None for t in topologies):
             return cls(shape, unit=first.unit)
@@ -160,7 +153,7 @@ class Topology:
         """The topology of rows [low, high) of the grid, sharing memory with this one."""
         if (low, high) == (0, self.rows):
             return self
-        shape = (min(high * self.unit[0], self.shape[0]) - low * self.unit[0], *self.shape[1:])
+        shape = ((high - low) * self.unit[0], *self.shape[1:])
         if self._starts is None or self._columns is None:
             return Topology(shape, unit=self.unit)
         starts = self._starts[low : high + 1]
@@ -170,17 +163,12 @@ class Topology:
     @property
     def grid(self) -> tuple[int, ...]:
         """How many units lie along each axis; the shape itself where a unit is an entry."""
-        return units.grid(self.shape, self.unit)
+        return tuple(size // step for size, step in zip(self.shape, self.unit, strict=True))
 
     @property
     def is_unstructured(self) -> bool:
         """Whether a unit is an entry."""
         return self.unit_size == 1
-
-    @property
-    def is_regular(self) -> bool:
-        """Whether all units have the same size."""
-        return units.divides(self.shape, self.unit)
 
     @property
     def unit_size(self) -> int:
@@ -190,7 +178,7 @@ class Topology:
     @property
     def rows(self) -> int:
         """Rows of the grid."""
-        return -(-self.shape[0] // self.unit[0]) if self.shape else 1
+        return self.shape[0] // self.unit[0] if self.shape else 1
 
     @property
     def row_size(self) -> int:
@@ -214,12 +202,8 @@ class Topology:
 
     @property
     def nnz(self) -> int:
-        """Number of active entries; counted anew where units have different sizes."""
-        if self._columns is None:
-            return self.numel
-        if self.is_regular:
-            return self._columns.numel() * self.unit_size
-        return self.entries.numel()
+        """Number of active entries."""
+        return self.numel if self._columns is None else self._columns.numel() * self.unit_size
 
     @property
     def density(self) -> float:
@@ -265,16 +249,11 @@ class Topology:
 
     def first_entry(self, row: int) -> int:
         """How many entries are active in the rows of the grid before `row`."""
-        if self.is_regular:
-            return int(self.starts[row]) * self.unit_size
-        return self.block(0, row).nnz
+        return int(self.starts[row]) * self.unit_size
 
     def entries_of(self, positions: Tensor) -> Tensor:
         """(n,) int64 flat positions in the weight of all entries of the units at `positions`, unit by unit."""
-        if self.is_unstructured:
-            return positions
-        at, there = units.entries(self.shape, self.unit, positions)
-        return at.view(-1) if there is None else at[there]
+        return positions if self.is_unstructured else units.entries(self.shape, self.unit, positions).view(-1)
 
     @property
     def mask(self) -> Tensor:
@@ -309,14 +288,12 @@ class Topology:
 
     def pooled(self, score: Tensor, pool: units.Pool) -> Tensor:
         """One score for each active unit, (active,), of those of the active entries (nnz,)."""
-        if self.is_unstructured:
-            return score
-        there = None if self.is_regular else units.entries(self.shape, self.unit, self.indices.to(score.device))[1]
-        if there is None:
-            return pool(score.view(-1, self.unit_size), None)
-        padded = score.new_zeros(there.shape)
-        padded[there] = score
-        return pool(padded, there)
+        return score if self.is_unstructured else pool(score.view(-1, self.unit_size))
+
+    def by_entries(self) -> tuple[Topology, Tensor]:
+        """The same entries as units of their own, in rows, and which of the values here belongs to each, (nnz,)."""
+        positions, order = self.entries.sort()
+        return Topology(self.shape, positions), order
 
     def add(self, positions: Tensor) -> Topology:
         """With the units at `positions` (count,), distinct and inactive, in any order, active too."""
@@ -374,20 +351,8 @@ class Topology:
             return ranks
         if other.nnz > _INT32:
             ranks = ranks.long()
-        if self.is_regular:
-            inside = torch.arange(self.unit_size, dtype=ranks.dtype, device=ranks.device)
-            return torch.where(ranks[:, None] < 0, ranks[:, None], ranks[:, None] * self.unit_size + inside).view(-1)
-        sizes, others = self._sizes(), other._sizes()
-        firsts = torch.cat([others.new_zeros(1), others.cumsum(0)])[ranks.long()]
-        begin = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        inside = torch.arange(begin.numel(), device=ranks.device) - begin
-        found = torch.where(ranks < 0, -1, firsts).repeat_interleave(sizes)
-        return torch.where(found < 0, found, found + inside).to(ranks.dtype)
-
-    def _sizes(self) -> Tensor:
-        """(active,) int64: how many entries each active unit has."""
-        _, there = units.entries(self.shape, self.unit, self.indices)
-        return torch.full((self.active,), self.unit_size) if there is None else there.sum(1)
+        inside = torch.arange(self.unit_size, dtype=ranks.dtype, device=ranks.device)
+        return torch.where(ranks[:, None] < 0, ranks[:, None], ranks[:, None] * self.unit_size + inside).view(-1)
 
     def between(self, low: int, high: int) -> Tensor:
         """Flat positions of the active units in [low, high), ascending, at the cost of the rows that they touch."""

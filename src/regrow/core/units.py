@@ -1,8 +1,8 @@
 """Units: boxes of entries that are active or inactive together. An entry by itself is the box of size 1.
 
-A weight of `shape` is divided into boxes of size `unit` along its axes, which form a grid. Where the sizes do not
-divide, the last boxes along an axis are smaller. Within a box the entries stand with the first axis fastest, as the
-kernels store them: what one input sends to all outputs of its unit lies side by side.
+A weight of `shape` is divided into boxes of size `unit` along its axes, which form a grid. All are of one size. Within
+a box the entries stand with the first axis fastest, as the kernels store them: what one input sends to all outputs of
+its unit lies side by side.
 """
 
 from __future__ import annotations
@@ -13,106 +13,75 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Pool = Callable[[Tensor, Tensor | None], Tensor]
-"""How the numbers of a unit's entries become one: (numbers (n, size), which of them exist, bool (n, size)) -> (n,).
-
-None says that all exist."""
+Pool = Callable[[Tensor], Tensor]
+"""How the numbers of a unit's entries become one: (n, size) -> (n,)."""
 
 
-def mean(numbers: Tensor, there: Tensor | None) -> Tensor:
+def mean(numbers: Tensor) -> Tensor:
     """The mean of each unit, (n,) float64; a `Pool`.
 
     In float64, so that the order of a sum does not decide a near tie.
     """
-    if there is None:
-        return numbers.sum(1, dtype=torch.float64) / numbers.shape[1]
-    return numbers.double().masked_fill(~there, 0.0).sum(1) / there.sum(1)
+    return numbers.sum(1, dtype=torch.float64) / numbers.shape[1]
 
 
-def root_mean_square(numbers: Tensor, there: Tensor | None) -> Tensor:
+def root_mean_square(numbers: Tensor) -> Tensor:
     """The root of the mean square of each unit, (n,) float64; a `Pool` for numbers that are not negative.
 
     It ranks units of one size as their l2 norm does.
     """
-    return mean(numbers.double().square(), there).sqrt()
+    return mean(numbers.double().square()).sqrt()
 
 
-def largest(numbers: Tensor, there: Tensor | None) -> Tensor:
+def largest(numbers: Tensor) -> Tensor:
     """The largest of each unit, (n,); a `Pool`."""
-    return (numbers if there is None else numbers.masked_fill(~there, -math.inf)).amax(1)
+    return numbers.amax(1)
 
 
-def grid(shape: Sequence[int], unit: Sequence[int]) -> tuple[int, ...]:
-    """How many units lie along each axis.
-
-    Examples:
-        >>> grid((300, 784), (8, 1))
-        (38, 784)
-    """
-    return tuple(-(-size // step) for size, step in zip(shape, unit, strict=True))
-
-
-def divides(shape: Sequence[int], unit: Sequence[int]) -> bool:
-    """Whether all units of a weight have the same size."""
-    return all(size % step == 0 for size, step in zip(shape, unit, strict=True))
-
-
-def entries(shape: Sequence[int], unit: Sequence[int], places: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The flat positions of all entries of the units at the flat grid positions `places` (n,).
-
-    Returns:
-        (n, size of a unit) int64, and which of them exist (None where all do).
+def entries(shape: Sequence[int], unit: Sequence[int], places: Tensor) -> Tensor:
+    """The flat positions of all entries of the units at the flat grid positions `places` (n,), (n, size of a unit).
 
     Examples:
-        >>> entries((4, 3), (2, 1), torch.tensor([1, 3]))[0].tolist()
+        >>> entries((4, 3), (2, 1), torch.tensor([1, 3])).tolist()
         [[1, 4], [6, 9]]
-        >>> at, there = entries((3, 2), (2, 1), torch.tensor([2]))
-        >>> at[there].tolist()
-        [4]
     """
     # One column for each entry of a box, the first axis fastest.
-    inside = torch.cartesian_prod(*(torch.arange(step, device=places.device) for step in reversed(unit)))
-    inside = inside.view(-1, len(unit)).flip(1)
-    at = places.new_zeros(places.numel(), len(inside))
-    there = None if divides(shape, unit) else torch.ones_like(at, dtype=torch.bool)
-    rest, stride = places, 1
-    steps = list(zip(shape, unit, grid(shape, unit), inside.unbind(1), strict=True))
-    for size, step, number, local in reversed(steps):
-        along = (rest % number * step)[:, None] + local
-        at += along * stride
-        if there is not None:
-            there &= along < size
+    inside = torch.zeros(1, dtype=torch.int64, device=places.device)
+    base, rest, stride = torch.zeros_like(places), places, 1
+    for size, step in reversed(list(zip(shape, unit, strict=True))):
+        number = max(1, size // step)
+        base += rest % number * (step * stride)
+        inside = (inside[:, None] + torch.arange(step, device=places.device) * stride).view(-1)
         rest, stride = rest // number, stride * size
-    return at, there
+    return base[:, None] + inside
 
 
-def by_unit(shape: Sequence[int], unit: Sequence[int], values: Tensor) -> tuple[Tensor, Tensor | None]:
+def by_unit(shape: Sequence[int], unit: Sequence[int], values: Tensor) -> Tensor:
     """`values` of all entries of whole rows of units, (rows * row size,), unit by unit: (units, size of a unit).
 
     Args:
         shape: of the weight.
         unit: size along each axis.
-        values: of as many leading rows as there are, a multiple of unit[0] unless they end with the weight.
-
-    Returns:
-        A copy, or a view where a unit is an entry, in the order of the grid, and which exist (None where all do).
+        values: of as many leading rows as there are, a multiple of unit[0].
 
     Examples:
-        >>> by_unit((4, 2), (2, 1), torch.arange(8))[0].tolist()
+        >>> by_unit((4, 2), (2, 1), torch.arange(8)).tolist()
         [[0, 2], [1, 3], [4, 6], [5, 7]]
     """
-    rows = values.numel() // max(1, math.prod(shape[1:]))
-    part = (rows, *shape[1:])
-    if divides(part, unit):
-        return _boxes(values.view(part), unit), None
-    whole = [step * number for step, number in zip(unit, grid(part, unit), strict=True)]
-    padded, there = values.new_zeros(whole), torch.zeros(whole, dtype=torch.bool, device=values.device)
-    region = tuple(slice(size) for size in part)
-    padded[region], there[region] = values.view(part), True
-    return _boxes(padded, unit), _boxes(there, unit)
-
-
-def _boxes(values: Tensor, unit: Sequence[int]) -> Tensor:
-    n = len(unit)
-    split = values.reshape([k for size, step in zip(values.shape, unit, strict=True) for k in (size // step, step)])
+    rows, n = values.numel() // max(1, math.prod(shape[1:])), len(unit)
+    split = values.reshape(
+        [k for size, step in zip((rows, *shape[1:]), unit, strict=True) for k in (size // step, step)]
+    )
     return split.permute(*range(0, 2 * n, 2), *range(2 * n - 1, 0, -2)).reshape(-1, math.prod(unit))
+
+
+def in_rows(shape: Sequence[int], unit: Sequence[int], values: Tensor) -> Tensor:
+    """The inverse of `by_unit` for a whole weight: (units, size of a unit) -> the weight's shape.
+
+    Examples:
+        >>> in_rows((4, 2), (2, 1), by_unit((4, 2), (2, 1), torch.arange(8))).view(-1).tolist()
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    n, grid = len(unit), [size // step for size, step in zip(shape, unit, strict=True)]
+    split = values.reshape(*grid, *reversed(unit))
+    return split.permute([k for axis in range(n) for k in (axis, 2 * n - 1 - axis)]).reshape(tuple(shape))

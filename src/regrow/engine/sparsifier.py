@@ -250,10 +250,11 @@ class Sparsifier:
             raise ValueError(
                 f"this sparsifier state has {len(state['topologies'])} topologies for {len(shapes)} weights"
             )
-        if state["units"] != (units := self._units):
-            name = sorted(name for name in shapes if state["units"].get(name) != units.get(name))[0]
+        units, theirs = self._units, dict(state["units"] or {})
+        if theirs != units:
+            name = min((n for n in {*theirs, *units} if theirs.get(n) != units.get(n)), key=str)
             raise ValueError(
-                f"this sparsifier state has other units ({name}: {state['units'].get(name, 'entries')} there, "
+                f"this sparsifier state has other units ({name}: {theirs.get(name, 'entries')} there, "
                 f"{units.get(name, 'entries')} here): give the method the same structure="
             )
         topologies = {w.name: w.topology.at(state["topologies"][w.name]) for w in self.weights}
@@ -274,7 +275,8 @@ class Sparsifier:
             rate = f"{explored_entries(weight) / max(1, weight.topology.numel):.3f}" if known else ""
             t = weight.topology
             counts = [f"{t.density:.4f}", f"{t.nnz:,}"]
-            rows.append([weight.name, _shape(weight.shape), *counts, storages[weight.name], rate])
+            shape = _shape(weight.shape) + ("" if t.is_unstructured else f" in {_shape(t.unit)}")
+            rows.append([weight.name, shape, *counts, storages[weight.name], rate])
         rows += [[e.name, _shape(e.shape), "1", f"{e.numel:,}", "", e.reason] for e in self.excluded]
         return head + "\n" + table(["layer", "shape", "density", "active", "storage", "explored"], rows)
 

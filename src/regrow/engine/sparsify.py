@@ -167,14 +167,12 @@ def _become(model: nn.Module, held: list[Draft], method: Method, source: Source,
 
 def _room(parameter: Draft, nnz: int, method: Method, source: Source) -> int:
     """The most entries that a parameter will ever hold, of `nnz` in all."""
-    # Units at an edge are smaller, and any of them may become whole ones.
-    whole = sum(w.topology.places * w.topology.unit_size for w in parameter.weights)
-    numel = min(whole, sum(w.topology.numel for w in parameter.weights))
+    numel = sum(w.topology.numel for w in parameter.weights)
     if isinstance(source, FirstStep) or Need.DENSE_VALUES in method.needs:
         return numel
     if Need.ROOM in method.needs:
         return min(numel, nnz)
-    own = min(numel, sum(w.topology.active * w.topology.unit_size for w in parameter.weights))
+    own = sum(w.topology.nnz for w in parameter.weights)
     return min(numel, 2 * own) if Need.OVERSHOOT in method.needs else own
 
 

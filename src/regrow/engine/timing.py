@@ -322,7 +322,7 @@ class CSRLinear(nn.Module):
 
     def __init__(self, weight: Tensor, topology: Topology, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        topology = Topology(topology.shape, topology.entries.sort().values)
+        topology, _ = topology.by_entries()
         index = kernels.index(topology)
         self.shape = topology.shape
         self.rows = index.starts.to(index.columns.dtype), index.columns

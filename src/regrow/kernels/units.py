@@ -44,15 +44,15 @@ class UnitIndex(NamedTuple):
 
 
 def has_kernels(topology: Topology) -> bool:
-    """Whether products run on units themselves: those of a matrix, all of one size."""
-    return not topology.is_unstructured and len(topology.shape) == 2 and topology.is_regular
+    """Whether products run on units themselves: those of a matrix."""
+    return not topology.is_unstructured and len(topology.shape) == 2
 
 
 def unit_index(topology: Topology) -> UnitIndex:
     """The index of a topology that `has_kernels`, in O(1): it shares the memory of one that is not dense.
 
     Raises:
-        ValueError: when the weight is no matrix, or the units do not divide it.
+        ValueError: when the weight is no matrix.
 
     Examples:
         >>> import torch
@@ -60,10 +60,7 @@ def unit_index(topology: Topology) -> UnitIndex:
         >>> found.rows, found.cols, found.units, found.nnz
         (16, 6, 3, 48)
     """
-    if len(topology.shape) != 2 or not topology.is_regular:
-        raise ValueError(
-            f"units of {' x '.join(map(str, topology.unit))} do not divide a matrix in a weight of shape "
-            f"{topology.shape}: there are kernels for matrices whose sizes are multiples of the unit's"
-        )
+    if len(topology.shape) != 2:
+        raise ValueError(f"there are kernels for units of matrices, and a weight has shape {topology.shape}")
     outputs, inputs = topology.unit
     return UnitIndex(topology.starts, topology.columns, topology.shape[1], outputs, inputs)

@@ -44,7 +44,6 @@ def exploration(sparsifier: Sparsifier) -> Exploration:
             "Need.EXPLORED) and start it"
         )
     numel = {w.name: max(1, w.topology.numel) for w in sparsifier.weights}
-    # Units at an edge have fewer entries than they are counted with here.
     placed = {w.name: int(PLACED.of(w)) * w.topology.unit_size for w in sparsifier.weights}
     placed = {name: min(n, numel[name]) for name, n in placed.items()}
     return Exploration(
@@ -59,7 +58,7 @@ def distance(a: Mapping[str, Topology], b: Mapping[str, Topology]) -> float:
     """Jaccard distance 1 - |A and B| / |A or B| of the active entries of all weights: 0 equal, 1 disjoint.
 
     Raises:
-        ValueError: when the two do not have the same weights and shapes.
+        ValueError: when the two do not have the same weights, shapes and units.
 
     Examples:
         >>> import torch
@@ -67,8 +66,8 @@ def distance(a: Mapping[str, Topology], b: Mapping[str, Topology]) -> float:
         >>> round(distance({"w": a}, {"w": b}), 4)
         0.6667
     """
-    if {n: t.shape for n, t in a.items()} != {n: t.shape for n, t in b.items()}:
+    if {n: (t.shape, t.unit) for n, t in a.items()} != {n: (t.shape, t.unit) for n, t in b.items()}:
         raise ValueError(f"topologies of different models have no distance: {', '.join(a)} against {', '.join(b)}")
-    common = sum(t.nnz - t.without(b[name]).numel() for name, t in a.items())
+    common = sum(t.nnz - t.without(b[name]).numel() * t.unit_size for name, t in a.items())
     union = sum(t.nnz + b[name].nnz for name, t in a.items()) - common
     return 1 - common / union if union else 0.0

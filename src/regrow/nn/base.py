@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from regrow import kernels
 from regrow.core.draws import Stream
 from regrow.core.method import Units
+from regrow.core.text import by
 from regrow.core.topology import Topology, fan_in_scale
+from regrow.core.units import in_rows
 from regrow.core.weight import Shaped
 from regrow.kernels import Geometry, Index, UnitIndex
 
@@ -38,9 +40,9 @@ def layout(topology: Topology) -> dict[str, Tensor]:
     fields = {"starts": topology.starts, "columns": topology.columns, "unit": torch.tensor(topology.unit)}
     if kernels.has_kernels(topology):
         return fields
-    positions, order = topology.entries.sort()
-    rows = kernels.index(Topology(topology.shape, positions))
-    return fields | {f"entry_{name}": field for name, field in rows._asdict().items()} | {"entry_values": order}
+    rows, order = topology.by_entries()
+    index = kernels.index(rows)._asdict()
+    return fields | {f"entry_{name}": field for name, field in index.items()} | {"entry_values": order}
 
 
 class Keys(dict[str, int]):
@@ -136,7 +138,7 @@ class SparseModule(nn.Module):
         if name not in self.units:
             return values, Index(*(getattr(self, f"{name}_{field}") for field in Index._fields))
         if f"{name}_entry_values" in self._buffers:
-            return values[getattr(self, f"{name}_entry_values")], self._entries(name)
+            return values.index_select(0, getattr(self, f"{name}_entry_values")), self._entries(name)
         outputs, inputs = self.units[name]
         whole = values.numel() // (outputs * inputs)
         values = values if values.numel() == whole * outputs * inputs else values[: whole * outputs * inputs]
@@ -171,8 +173,8 @@ class SparseModule(nn.Module):
         capacity, own = getattr(self, name).numel(), self.topology(name)
         if topology.unit != own.unit:
             raise ValueError(
-                f"{name} is made of units of {' x '.join(map(str, own.unit))} entries, which a topology of units of "
-                f"{' x '.join(map(str, topology.unit))} does not fit"
+                f"{name} is made of units of {by(own.unit)} entries, which a topology of units of "
+                f"{by(topology.unit)} does not fit"
             )
         if topology.shape != own.shape or topology.nnz > capacity:
             raise ValueError(
@@ -187,6 +189,8 @@ class SparseModule(nn.Module):
         """The weight with its zeros, of its dense shape; differentiable."""
         topology = self.topology(name)
         values: Tensor = getattr(self, name)
+        if topology.is_dense:
+            return in_rows(topology.shape, topology.unit, values[: topology.nnz])
         flat = values.new_zeros(topology.numel)
         return flat.index_put((topology.entries.to(values.device),), values[: topology.nnz]).view(topology.shape)
 
@@ -238,14 +242,14 @@ class SparseModule(nn.Module):
         """Take on the saved topology of each weight before its values are read, whatever this module had."""
         for name, shape in self.shapes.items():
             starts, columns, unit = (state_dict.get(f"{prefix}{name}_{field}") for field in PERSISTENT)
-            if starts is None and columns is None:
+            if starts is None and columns is None and unit is None:
                 continue
             try:
                 if starts is None or columns is None:
-                    raise ValueError(f"{name}_starts and {name}_columns belong together, and only one of them is there")
+                    raise ValueError(f"{name}_starts and {name}_columns belong together, and one of them is not there")
                 sizes = None if unit is None else tuple(map(int, unit.flatten().tolist()))
                 self.rewire(name, Topology.from_rows(shape, starts, columns, sizes))
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, TypeError, OverflowError) as error:
                 errors.append(f"{prefix}{name}: {error}")
                 # One of the buffers may fit by itself: reading it would tear the index apart.
                 return

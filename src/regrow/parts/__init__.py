@@ -78,6 +78,7 @@ from regrow.parts.allocation import (
     whole_units,
 )
 from regrow.parts.drops import (
+    Careful,
     adaptive_threshold,
     keep_highest,
     lowest,
@@ -237,8 +238,8 @@ __all__ = [  # noqa: RUF022 - by noun
     # Scores
     "magnitude", "magnitude_and_gradient", "random", "saliency", "taylor", "unit_scores",
     # Drops
-    "adaptive_threshold", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign", "require_equal_units",
-    "share", "smallest",
+    "adaptive_threshold", "Careful", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign",
+    "require_equal_units", "share", "smallest",
     # Fields and growths
     "at_random", "at_random_where_lost", "by_gradient", "by_momentum", "by_momentum_per_neuron", "gradient",
     "half_by_gradient", "highest",

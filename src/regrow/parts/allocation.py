@@ -86,34 +86,29 @@ def whole_units(counts: Sequence[int], weights: Sequence[Sized]) -> list[int]:
 
     Args:
         counts: entries of each weight, at most what is active there.
-        weights: whose topologies say what a unit is; smaller ones at an edge count as their mean.
+        weights: whose topologies say what a unit is.
 
     Examples:
         >>> eights = [Shaped(n, (n, 10), Topology((n, 10), unit=(8, 1))) for n in (16, 8)]
         >>> whole_units([38, 10], eights)
         [5, 1]
     """
-    sizes = [_unit_size(w) for w in weights]
+    sizes = [w.topology.unit_size for w in weights]
     exact = [n / size for n, size in zip(counts, sizes, strict=True)]
     chosen = [
         min(w.topology.active, max(math.floor(x + 1e-9), int(x > 0))) for x, w in zip(exact, weights, strict=True)
     ]
-    missing = sum(counts) - math.fsum(n * size for n, size in zip(chosen, sizes, strict=True))
+    missing = sum(counts) - sum(n * size for n, size in zip(chosen, sizes, strict=True))
     for i in sorted(range(len(chosen)), key=lambda i: round(chosen[i] - exact[i], 9)):
-        if chosen[i] < weights[i].topology.active and 2 * missing > sizes[i] + 1e-9:
+        if chosen[i] < weights[i].topology.active and 2 * missing > sizes[i]:
             chosen[i] += 1
             missing -= sizes[i]
     return chosen
 
 
-def _unit_size(weight: Sized) -> float:
-    """Entries of a unit; the mean where those at an edge are smaller."""
-    return weight.topology.numel / weight.topology.places if weight.topology.places else 1.0
-
-
 def _entries(units: Iterable[int], weights: Iterable[Sized]) -> int:
     """How many entries so many units of each weight have."""
-    return round(math.fsum(n * _unit_size(w) for n, w in zip(units, weights, strict=True)))
+    return sum(n * w.topology.unit_size for n, w in zip(units, weights, strict=True))
 
 
 def proportional(share: Callable[[Sized], float]) -> Allocation:
@@ -164,7 +159,7 @@ def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: i
                 "has diverged"
             )
     pooled = torch.cat([s.to(scores[0].device) for s in scores])
-    sizes = torch.tensor([_unit_size(w) for w in weights], dtype=torch.float64)
+    sizes = torch.tensor([w.topology.unit_size for w in weights])
     lengths = torch.tensor([s.numel() for s in scores])
     chosen = _nearest_to(pooled, sizes.repeat_interleave(lengths), _given(total, weights))
     upto = torch.searchsorted(chosen, lengths.cumsum(0).to(chosen.device)).tolist()
@@ -174,8 +169,8 @@ def globally(weights: Sequence[Sized], scores: Sequence[Tensor] | None, total: i
 def _nearest_to(score: Tensor, sizes: Tensor, total: int) -> Tensor:
     """Positions, ascending, of the highest scores (n,) whose `sizes` (n,) add up to what is nearest to `total`."""
     if sizes.numel() == 0 or bool((sizes == sizes[0]).all()):
-        size = float(sizes[0]) if sizes.numel() else 1.0
-        return selection.highest(score, min(score.numel(), math.ceil(total / size - 0.5)))
+        size = int(sizes[0]) if sizes.numel() else 1
+        return selection.highest(score, min(score.numel(), -((size - 2 * total) // (2 * size))))
     order = score.argsort(descending=True, stable=True)
     reached = torch.cat([sizes.new_zeros(1), sizes[order.to(sizes.device)].cumsum(0)])
     return order[: int((reached - total).abs().argmin())].sort().values
@@ -258,7 +253,7 @@ def by_flops(uses: Mapping[str, float], allocate: Allocation) -> Allocation:
             raise ValueError("by_flops: give a density, which is the share of the dense weights' multiplications")
         costs = [Fraction(_first_match(w.name, uses) or 0) for w in weights]
         sizes = [math.prod(w.shape) for w in weights]
-        spans = [Fraction(w.topology.numel, max(1, w.topology.places)) for w in weights]
+        spans = [w.topology.unit_size for w in weights]
         dense = sum(c * n for c, n in zip(costs, sizes, strict=True))
         if dense == 0:
             raise ValueError(f"by_flops: no entry of {', '.join(w.name for w in weights)} is ever multiplied")
@@ -279,7 +274,7 @@ def at_least(minimum: int, allocate: Allocation) -> Allocation:
     """`allocate`, except that no weight gets less than `minimum` entries (or all it holds): no layer collapses."""
 
     def floors(weights: Sequence[Sized]) -> list[int]:
-        return [math.ceil(minimum / _unit_size(w) - 1e-9) for w in weights]
+        return [-(-minimum // w.topology.unit_size) for w in weights]
 
     return _with_floors(f"at_least({minimum})", floors, allocate)
 
@@ -404,7 +399,7 @@ def explicit(densities: Mapping[str, float], rest: Allocation | None = None) -> 
             raise ValueError(
                 f"explicit: no density for {', '.join(weights[i].name for i in others)}: add globs, or rest="
             )
-        slack = math.ceil(math.fsum(_unit_size(w) for w in weights))
+        slack = sum(w.topology.unit_size for w in weights)
         excess = 0 if total is None else held - total if others else abs(held - total) - slack
         if excess > 0:
             raise ValueError(
@@ -425,8 +420,9 @@ def _first_match(name: str, numbers: Mapping[str, float]) -> float | None:
 
 
 def _count(weight: Sized, density: float) -> int:
-    """The units of a weight that come nearest to a density of its own."""
-    return min(weight.topology.active, math.floor(density * weight.topology.places + 0.5))
+    """The units of a weight that come nearest to a density of its own; one at least, unless that is 0."""
+    least = int(density > 0 and not weight.topology.is_unstructured)
+    return min(weight.topology.active, max(least, math.floor(density * weight.topology.places + 0.5)))
 
 
 def _require_matches(densities: Mapping[str, float], weights: Sequence[Sized]) -> None:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from regrow.core.method import Drop, Score
+from regrow.core.text import by
 from regrow.core.topology import Topology
 from regrow.core.weight import Shaped, SparseWeight
 from regrow.parts.allocation import at_least, globally
 from regrow.parts.remembered import DROP_THRESHOLD
 from regrow.parts.scores import magnitude, unit_scores
+
+
+@dataclass(frozen=True)
+class Careful:
+    """A drop with what it `require`s of weights: that raises where it can never work, before training begins."""
+
+    part: Drop
+    require: Callable[[Sequence[SparseWeight]], object]
+
+    def __call__(self, weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+        """What `part` keeps."""
+        return self.part(weights, fractions)
 
 
 def keep_highest(weight: SparseWeight, score: Tensor, count: int) -> Topology:
@@ -67,7 +81,6 @@ def lowest_globally(score: Score) -> Drop:
         gone = [share(f, w.topology.active) for w, f in zip(weights, fractions, strict=True)]
         places = [i for i, f in enumerate(fractions) if f > 0 and weights[i].topology.active]
         among = [weights[i] for i in places]
-        require_equal_units("lowest_globally", among)
         held = sum(w.topology.active for w in among)
         if sum(gone) == 0:
             return [w.topology for w in weights]
@@ -83,7 +96,7 @@ def lowest_globally(score: Score) -> Drop:
             kept[i] = keep_highest(weights[i], s, n)
         return kept
 
-    return drop
+    return Careful(drop, lambda weights: require_equal_units("lowest_globally", weights))
 
 
 def adaptive_threshold(first: float = 1e-3, tolerance: float = 0.1) -> Drop:
@@ -147,27 +160,33 @@ def _above(weight: SparseWeight, tau: float) -> Topology:
     return keep_highest(weight, score, max(count, min(1, weight.topology.active)))
 
 
-def lowest_per_sign(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
-    """Drop the smallest positive and the largest negative values: ceil(fraction n) of each sign, and every zero.
-
-    Raises:
-        ValueError: when a value is NaN, or units have more than one entry, whose signs differ; naming the weight.
-
-    Source: Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse connectivity
-    inspired by network science, Algorithm 1 and its published code. Here a weight keeps its zeros when its fraction
-    is 0, so that a fraction of 0 changes nothing.
-    """
+def _lowest_per_sign(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
     return [_per_sign(w, f) for w, f in zip(weights, fractions, strict=True)]
+
+
+def _require_single_entries(weights: Sequence[SparseWeight]) -> None:
+    for weight in weights:
+        if not weight.topology.is_unstructured:
+            raise ValueError(
+                f"{weight.name} has units of {by(weight.topology.unit)} entries, which have no one sign: "
+                "drop smallest, or leave out structure="
+            )
+
+
+lowest_per_sign: Drop = Careful(_lowest_per_sign, _require_single_entries)
+"""Drop the smallest positive and the largest negative values: ceil(fraction n) of each sign, and every zero.
+
+It is for single entries, since larger units have no one sign, and refuses a value that is NaN.
+
+Source: Mocanu et al. 2018, Scalable training of artificial neural networks with adaptive sparse connectivity inspired
+by network science, Algorithm 1 and its published code. Here a weight keeps its zeros when its fraction is 0, so that a
+fraction of 0 changes nothing.
+"""
 
 
 def _per_sign(weight: SparseWeight, fraction: float) -> Topology:
     if fraction == 0:
         return weight.topology
-    if not weight.topology.is_unstructured:
-        raise ValueError(
-            f"{weight.name} has units of {' x '.join(map(str, weight.topology.unit))} entries, which have no one sign: "
-            "drop smallest, or leave out structure="
-        )
     values = weight.values()
     if bool(values.isnan().any()):
         raise ValueError(f"{weight.name}: {int(values.isnan().sum()):,} of {values.numel():,} values are NaN: diverged")

@@ -284,9 +284,20 @@ def _scores(weight: SparseWeight, field: Field) -> Iterator[tuple[int, Tensor]]:
         score = values.abs() if values.dtype == torch.float64 else values.abs().float()
         require_finite(weight, score)
         if not weight.topology.is_unstructured:
-            score = weight.pool(*by_unit(weight.shape, weight.topology.unit, score))
+            score = weight.pool(by_unit(weight.shape, weight.topology.unit, _whole_rows(weight, score)))
         yield place, score
         place += score.numel()
+
+
+def _whole_rows(weight: SparseWeight, block: Tensor) -> Tensor:
+    """A block (n,) of a field, which must be made of whole rows of units (else ValueError)."""
+    rows = weight.topology.unit[0] * math.prod(weight.shape[1:])
+    if block.numel() % max(1, rows):
+        raise ValueError(
+            f"{weight.name}: a field came in a block of {block.numel():,} numbers, and a row of units has {rows:,}: "
+            "yield whole rows of units"
+        )
+    return block
 
 
 def require_finite(weight: SparseWeight, score: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regrow.core.checks import require_density, require_fraction
 from regrow.core.method import Allocation, Probe, Score, Start, Structure
+from regrow.core.text import by
 from regrow.core.topology import Topology, fan_in_scale
 from regrow.core.weight import SparseWeight, Weights
 from regrow.parts.allocation import globally, uniform
@@ -98,7 +99,7 @@ def given(topologies: Mapping[str, Topology]) -> Start:
     """
 
     def require(weights: Weights) -> None:
-        shapes = {w.name: w.shape for w in weights}
+        shapes, units = {w.name: w.shape for w in weights}, {w.name: w.topology.unit for w in weights}
         missing, unknown = [n for n in shapes if n not in topologies], [n for n in topologies if n not in shapes]
         if missing or unknown:
             raise ValueError(
@@ -107,6 +108,11 @@ def given(topologies: Mapping[str, Topology]) -> Start:
                 "parts of the same model, with the same skip= and only="
             )
         for name, shape in shapes.items():
+            if topologies[name].unit != units[name]:
+                raise ValueError(
+                    f"given: {name} is made of units of {by(units[name])} entries, and its topology of "
+                    f"{by(topologies[name].unit)}: give the method the structure= that it was found with"
+                )
             if topologies[name].shape != shape:
                 raise ValueError(f"given: {name} has shape {shape}, and its topology {topologies[name].shape}")
 

@@ -46,11 +46,13 @@ class Boxes(Units):
         """
         score = _checked("units", weight, score, count).detach().cpu()
         unit, allowed = self.box(weight), score > -math.inf
-        numbers, _ = by_unit(weight.shape, unit, score.double().masked_fill(~allowed, 0.0))
-        there, _ = by_unit(weight.shape, unit, allowed)
+        there = by_unit(weight.shape, unit, allowed)
+        numbers = by_unit(weight.shape, unit, score.double().masked_fill(~allowed, 0.0))
         sizes = there.sum(1)
         some = sizes.nonzero().view(-1)
-        order = some[self.pool(numbers[some], there[some]).argsort(descending=True, stable=True)]
+        # Entries that are not allowed have no say: they repeat the mean of the others.
+        filled = torch.where(there[some], numbers[some], (numbers[some].sum(1) / sizes[some])[:, None])
+        order = some[self.pool(filled).argsort(descending=True, stable=True)]
         reached = sizes[order].cumsum(0)
         taken = int(np.abs(reached.numpy() - count).argmin()) + 1 if len(order) else 0
         chosen = Topology(weight.shape, order[:taken].sort().values, unit).mask.view(-1)
@@ -58,11 +60,11 @@ class Boxes(Units):
 
 
 def _one_output(weight: Sized) -> tuple[int, ...]:
-    return tuple(1 if axis == weight.out_axis else size for axis, size in enumerate(weight.shape))
+    return tuple(1 if axis == weight.out_axis else max(1, size) for axis, size in enumerate(weight.shape))
 
 
 def _one_input(weight: Sized) -> tuple[int, ...]:
-    return tuple(1 if axis == weight.in_axis else size for axis, size in enumerate(weight.shape))
+    return tuple(1 if axis == weight.in_axis else max(1, size) for axis, size in enumerate(weight.shape))
 
 
 rows = Boxes(_one_output, mean)
@@ -80,6 +82,9 @@ Source: He et al. 2017, Channel Pruning for Accelerating Very Deep Neural Networ
 
 def heads(number: int, pool: Pool = mean) -> Boxes:
     """All outputs of an attention head, for projections to `number` heads; `Units`, and a `Structure`.
+
+    It is for weights that project to heads and to nothing else: name them in `only=`. Packed ones are known as their
+    blocks in torch's own attention, not in transformers' `Conv1D`, whose `c_attn` has three times the heads.
 
     Args:
         number: heads, 1 or more, into which the outputs of every weight are divided evenly.
@@ -119,8 +124,10 @@ class _Heads:
 def blocks(height: int, width: int, pool: Pool = mean) -> Boxes:
     """Blocks of `height` consecutive outputs and `width` consecutive inputs; `Units`, and a `Structure`.
 
-    Each position of a convolution's kernel has blocks of its own. Blocks at the edge are smaller where the sizes do not
-    divide. A block is ranked by the mean of its entries' scores unless another `pool` is given.
+    Each position of a convolution's kernel has blocks of its own. Where a size does not divide a weight, the weight's
+    blocks have the largest smaller one that does, so that all are equal: `blocks(8, 1)` are 6 x 1 where there are 300
+    outputs, and single entries where there are 13. A block is ranked by the mean of its entries' scores unless another
+    `pool` is given.
 
     Args:
         height: outputs of a block, 1 or more.
@@ -152,7 +159,9 @@ class _Block:
 
     def __call__(self, weight: Sized) -> tuple[int, ...]:
         steps = [1] * len(weight.shape)
-        steps[weight.out_axis], steps[weight.in_axis] = self.height, self.width
+        for axis, wanted in ((weight.out_axis, self.height), (weight.in_axis, self.width)):
+            size = weight.shape[axis]
+            steps[axis] = next((n for n in range(min(wanted, size), 0, -1) if size % n == 0), 1)
         return tuple(steps)
 
     def __str__(self) -> str:

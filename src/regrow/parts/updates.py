@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from regrow.core.method import Allocation, Drop, Growth, Regrow, Rule, Score, Statistic, Structure, Update
+from regrow.core.text import by
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight, Weights
 from regrow.parts import allocation
-from regrow.parts.drops import keep_highest, require_equal_units
+from regrow.parts.drops import Careful, keep_highest, require_equal_units
 from regrow.parts.schedules import Schedule
 from regrow.parts.scores import unit_scores
 
@@ -44,6 +45,11 @@ def prune_to(
     """Keep `total` entries of highest `score` within the counts of `allocate`; None leaves the total to it."""
     scores = [unit_scores(w, score) for w in weights]
     counts = allocate(weights, scores, total)
+    if len(weights) and not any(counts):
+        raise ValueError(
+            f"{total or 0:,} of {weights.numel:,} entries are fewer than half of the smallest unit, of "
+            f"{min(w.topology.unit_size for w in weights):,}: raise the density, or give smaller units"
+        )
     rewire(weights, [_kept(w, s, n, structure) for w, s, n in zip(weights, scores, counts, strict=True)])
 
 
@@ -61,8 +67,8 @@ def everywhere(weight: SparseWeight, score: Tensor) -> Tensor:
     """
     if not weight.topology.is_unstructured:
         raise ValueError(
-            f"{weight.name} is made of units of {' x '.join(map(str, weight.topology.unit))} entries, and a structure "
-            "chooses single entries: give one of them"
+            f"{weight.name} is made of units of {by(weight.topology.unit)} entries, and what is asked for chooses "
+            "single entries: leave out the method's structure=, or a start or pattern of single entries"
         )
     scores = torch.full((weight.topology.numel,), -math.inf, dtype=score.dtype, device=score.device)
     scores[weight.topology.indices.to(score.device)] = score
@@ -114,7 +120,13 @@ def drop_and_grow(
             rewire(live, kept)
         rewire(live, grown)
 
-    return (Rule(apply),)
+    def require(weights: Weights) -> None:
+        if isinstance(drop, Careful):
+            drop.require(weights)
+        if redistribute is not None:
+            require_equal_units("redistribute", weights)
+
+    return (Rule(apply, require=require),)
 
 
 def reached(weights: Weights, step: int) -> list[SparseWeight]:
@@ -170,8 +182,8 @@ def rewire(weights: Sequence[SparseWeight], topologies: Sequence[Topology]) -> N
     for weight, topology in zip(weights, topologies, strict=True):
         if topology.unit != weight.topology.unit:
             raise ValueError(
-                f"{weight.name} is made of units of {' x '.join(map(str, weight.topology.unit))} entries, and its new "
-                f"topology of {' x '.join(map(str, topology.unit))}: make it by weight.topology.at(positions)"
+                f"{weight.name} is made of units of {by(weight.topology.unit)} entries, and its new topology of "
+                f"{by(topology.unit)}: make it by weight.topology.at(positions)"
             )
     for weight, topology in zip(weights, topologies, strict=True):
         weight.rewire(topology)

@@ -169,13 +169,11 @@ class KeptOperands:
             for operands in keeper.kept:
                 total += kernels.sampled(operands, units).view(-1)
             return _mean_over_ranks(total)
-        positions, order = topology.entries.sort()
-        index = kernels.index(topology if topology.is_unstructured else Topology(topology.shape, positions))
+        rows, order = (topology, None) if topology.is_unstructured else topology.by_entries()
+        index = kernels.index(rows)
         for operands in keeper.kept:
             total += kernels.sampled(operands, index)
-        return _mean_over_ranks(
-            total if topology.is_unstructured else torch.empty_like(total).index_copy_(0, order, total)
-        )
+        return _mean_over_ranks(total if order is None else torch.empty_like(total).index_copy_(0, order, total))
 
     def _claim(self, more: int) -> None:
         """Before operands are kept: forget those of earlier passes, unless the gradient contains them."""

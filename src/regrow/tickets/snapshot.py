@@ -95,7 +95,7 @@ class Snapshot:
             )
         now = sparsifier.state_dict()
         for key in ("method", "shapes", "units", "storages"):
-            if now[key] != self.sparsifier[key]:
+            if now[key] != self.sparsifier.get(key, {}):
                 raise ValueError(
                     f"snapshot: its sparsifier had {key} {_brief(self.sparsifier[key], now[key])}, and this one has "
                     f"{_brief(now[key], self.sparsifier[key])}: sparsify the same model in the same way first"

@@ -54,9 +54,10 @@ def layer_preserving(weights: Sequence[Sized], scores: Sequence[Tensor] | None, 
     counts = [w.newest for w in weights if isinstance(w, _Mean)]
     if len(counts) < len(weights):
         raise ValueError("layer_preserving shares out superposed tickets only: give it to Superposition.ticket")
-    if total is not None and total != sum(counts):
+    held = sum(n * w.topology.unit_size for n, w in zip(counts, weights, strict=True))
+    if total is not None and total != held:
         raise ValueError(
-            f"layer_preserving keeps the {sum(counts):,} active entries of the newest ticket, and the density asks for "
+            f"layer_preserving keeps the {held:,} active entries of the newest ticket, and the density asks for "
             f"{total:,}: leave the density out, or allocate globally"
         )
     return counts

@@ -137,7 +137,7 @@ class Ticket:
         """
         require_version("ticket", state)
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        units = {name: tuple(unit) for name, unit in state["units"].items()}
+        units = {name: tuple(unit) for name, unit in state.get("units", {}).items()}
         topologies = {n: Topology(shape, state["positions"][n], units.get(n)) for n, shape in shapes.items()}
         for name, topology in topologies.items():
             if state["values"][name].shape != (topology.nnz,):
