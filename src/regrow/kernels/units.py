@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,27 +44,40 @@ class UnitIndex(NamedTuple):
         return self.units * self.outputs * self.inputs
 
 
-def has_kernels(topology: Topology) -> bool:
-    """Whether products run on units themselves: those of a matrix, all of one size."""
-    return not topology.is_unstructured and len(topology.shape) == 2 and topology.is_regular
+def has_kernels(topology: Topology, groups: int = 1) -> bool:
+    """Whether products run on units themselves: those of a matrix, all of one size.
+
+    A weight of more axes is the matrix (rows, everything behind them), in which a unit is some rows of one column. Of a
+    convolution of several `groups`, no unit may span two.
+    """
+    return not topology.is_unstructured and _is_matrix(topology) and topology.shape[0] // groups % topology.unit[0] == 0
+
+
+def _is_matrix(topology: Topology) -> bool:
+    """Whether units divide a weight into a matrix of units."""
+    return topology.is_regular and (len(topology.shape) == 2 or max(topology.unit[1:], default=0) == 1)
 
 
 def unit_index(topology: Topology) -> UnitIndex:
     """The index of a topology that `has_kernels`, in O(1): it shares the memory of one that is not dense.
 
     Raises:
-        ValueError: when the weight is no matrix, or the units do not divide it.
+        ValueError: when the units do not divide the weight, seen as a matrix.
 
     Examples:
         >>> import torch
         >>> found = unit_index(Topology((16, 6), torch.tensor([1, 2, 4]), unit=(8, 2)))
         >>> found.rows, found.cols, found.units, found.nnz
         (16, 6, 3, 48)
+        >>> found = unit_index(Topology((16, 4, 3, 3), torch.tensor([5, 40]), unit=(8, 1, 1, 1)))
+        >>> found.rows, found.cols, found.columns.tolist()
+        (16, 36, [5, 4])
     """
-    if len(topology.shape) != 2 or not topology.is_regular:
+    if not _is_matrix(topology):
         raise ValueError(
             f"units of {' x '.join(map(str, topology.unit))} do not divide a matrix in a weight of shape "
-            f"{topology.shape}: there are kernels for matrices whose sizes are multiples of the unit's"
+            f"{topology.shape}: there are kernels for matrices whose sizes are multiples of the unit's, and for "
+            "convolutions whose units are several filters that share one tap"
         )
-    outputs, inputs = topology.unit
-    return UnitIndex(topology.starts, topology.columns, topology.shape[1], outputs, inputs)
+    outputs, *inputs = topology.unit
+    return UnitIndex(topology.starts, topology.columns, math.prod(topology.shape[1:]), outputs, math.prod(inputs))
