@@ -136,8 +136,8 @@ void convolve(const Plan<N>& plan, int threads, Int whole, const S* source, D* t
 
 // The same for connections one by one.
 template <class S, class D, int N>
-void convolve_entries(const Plan<N>& plan, const Program<Step<Sum<S>>, N>& program, int threads, const S* source, const Sum<S>* bias,
-                      D* target) {
+void convolve_entries(const Plan<N>& plan, const Program<Step<Sum<S>>, N>& program, int threads, const S* source,
+                      const Sum<S>* bias, D* target) {
     using A = Sum<S>;
     convolve(plan, threads, 1, source, target, [&](Int p, Int sub, Int first, Int last, const A* packed, A* results) {
         const auto add = plan.panels[p].opens ? accumulate<A, N, true> : accumulate<A, N, false>;
@@ -330,7 +330,8 @@ inline void correlate_rows(const Offset* steps, const std::int64_t* begins, cons
 // [first, last) of register tile `sub` give with panel p. Row r of the weight spans `whole` rows of the plan and has values
 // starts[r] * whole to starts[r + 1] * whole.
 template <class T, int N, class F>
-void correlate(const Plan<N>& plan, int threads, const std::int64_t* starts, Int whole, const T* x, const T* dy, T* dvalues, F&& run) {
+void correlate(const Plan<N>& plan, int threads, const std::int64_t* starts, Int whole, const T* x, const T* dy, T* dvalues,
+               F&& run) {
     using A = Sum<T>;
     // Each run of blocks is summed by itself, then added to the total in order, whichever thread had it: no result depends on
     // the number of threads.
@@ -361,7 +362,8 @@ void correlate(const Plan<N>& plan, int threads, const std::int64_t* starts, Int
                     if (first >= last) continue;
                     block.pack_source(x, panel.begin, panel.end, packed);
                     for (Int sub = 0; sub < plan.subs(); ++sub) {
-                        run(p, sub, first, last, packed + plan.sub_origin(sub) * N, gradients + sub * plan.rows * tile_size * N, own);
+                        run(p, sub, first, last, packed + plan.sub_origin(sub) * N, gradients + sub * plan.rows * tile_size * N,
+                            own);
                     }
                 }
             }
@@ -393,10 +395,11 @@ void value_gradient(int threads, const Geometry& geometry, const std::int64_t* s
         }
     }
 
-    correlate(plan, threads, starts, 1, x, dy, dvalues, [&](Int p, Int sub, Int first, Int last, const A* packed, const A* gradients, A* sums) {
+    const auto add = [&](Int p, Int, Int first, Int last, const A* packed, const A* gradients, A* sums) {
         correlate_rows<A, N>(program.steps.get(), program.of(0, p), places.data() + program.bin(0, p, 0), first, last, packed,
                              plan.stride() * N, gradients, sums);
-    });
+    };
+    correlate(plan, threads, starts, 1, x, dy, dvalues, add);
 }
 
 }  // namespace conv

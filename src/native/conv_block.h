@@ -42,13 +42,7 @@ inline void pack(const T* const* planes, Int offset, const Route<N>& route, Sum<
     using A = Sum<T>;
     using V = Vector<A, N>;
     for (const auto slot : route.zeros) store<N>(packed + Int(slot) * N, V{});
-    const Int count = Int(route.chunks.size());
-    for (Int at = 0; at < count; ++at) {
-        const auto& chunk = route.chunks[at];
-        // Images are often a power of two apart, where no prefetching of the processor's own helps.
-        const Int coming = route.chunks[std::min(at + 2, count - 1)].position;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < N; ++lane) __builtin_prefetch(planes[lane] + offset + coming);
+    for (const auto& chunk : route.chunks) {
         V rows[N];
         if (chunk.count == N) {
 #pragma GCC unroll 16

@@ -32,6 +32,8 @@ struct Units {
 constexpr int most_held = std::min(8, accumulators / 2);  // filters of a unit that are computed together
 template <int H>
 constexpr int together_with = tile_size / H;  // positions
+// Units of a row for which a panel is worth while: a load serves several filters, so the first-level cache saves less.
+constexpr Int worthwhile = 24;
 
 // Position k of a register tile, of those that are `stride` apart from one group of tile_columns to the next.
 template <int N>
@@ -102,7 +104,9 @@ void dots(const std::int32_t* offsets, Int j, Int count, Int outputs, const A* p
 #pragma GCC unroll 16
         for (int k = 0; k < tile_size; ++k) {
 #pragma GCC unroll 16
-            for (int i = 0; i < U * H; ++i) acc[i] += load<N>(x[i / H] + place<N>(k, stride)) * load<N>(gradients + (i % H * tile_size + k) * N);
+            for (int i = 0; i < U * H; ++i) {
+                acc[i] += load<N>(x[i / H] + place<N>(k, stride)) * load<N>(gradients + (i % H * tile_size + k) * N);
+            }
         }
         const Vector<A, U * H> found = sum_lanes<A, U * H>(acc);
         Vector<A, H> each[U];
@@ -125,7 +129,8 @@ struct Reads {
         const Offsets<N> known(plan, g.kernel_height, g.kernel_width);
         const Int taps = g.kernel_size(), rows = w.rows(g);
         begins.resize(std::size_t(rows * (panels + 1)));
-        parallel(w.count(g) < 4096 ? 1 : threads, [&, parts = w.count(g) < 4096 ? 1 : threads](int part) {
+        const int parts = w.count(g) < 4096 ? 1 : threads;
+        parallel(parts, [&](int part) {
             for (Int r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
                 const Int base = r * w.outputs / g.group_filters() * g.group_channels();
                 Int* begin = begins.data() + r * (panels + 1);
@@ -155,27 +160,25 @@ const Sum<T>* summands(const T* values, Int count, std::vector<Sum<T>>& wide) {
     }
 }
 
-inline Whole whole_units(Int outputs) { return {outputs, 6}; }
-
 template <class T, class I>
 void forward(int threads, const Geometry& geometry, const Units<const T, I>& w, const T* x, const T* bias, T* y) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
-    const Int outputs = w.outputs, count = w.count(g);
-    const auto plan = forward_plan<N>(g, count * outputs, sizeof(A), Whole{1, 6});
+    const Int outputs = w.outputs, entries = w.count(g) * outputs;
+    const auto plan = forward_plan<N>(g, entries, sizeof(A), Whole{1, worthwhile});
     const Reads<N> reads(g, plan, w, threads);
     std::vector<A> wide, offset;
-    const A *values = summands(w.values, count * outputs, wide), *start = bias ? summands(bias, g.filters, offset) : nullptr;
+    const A *values = summands(w.values, entries, wide), *start = bias ? summands(bias, g.filters, offset) : nullptr;
     const int held = units::together(outputs, most_held);
     decltype(&gather<1, N, A>) inner = nullptr;
     units::with_held<most_held>(held, [&](auto H) { inner = gather<decltype(H)::value, N, A>; });
     convolve(plan, threads, outputs, x, y, [&](Int p, Int, Int first, Int last, const A* packed, A* results) {
         for (Int r = first / outputs; r < last / outputs; ++r) {
-            const Int from = reads.begin(r, p), units = reads.begin(r, p + 1) - from;
-            if (!units && !plan.panels[p].opens) continue;
+            const Int from = reads.begin(r, p), count = reads.begin(r, p + 1) - from;
+            if (!count && !plan.panels[p].opens) continue;
             for (Int f = r * outputs; f < (r + 1) * outputs; f += held) {
-                inner(reads.offsets.get() + from, units, values + (from - r) * outputs + f, outputs, packed, plan.stride() * N,
+                inner(reads.offsets.get() + from, count, values + (from - r) * outputs + f, outputs, packed, plan.stride() * N,
                       start ? start + f : nullptr, plan.panels[p].opens, results + f * tile_size * N);
             }
         }
@@ -195,7 +198,8 @@ struct Sends {
         : begins(std::size_t(w.rows(g) * g.kernel_size() + 1)), channels(new std::int32_t[std::size_t(w.count(g))]),
           values(new A[std::size_t(w.count(g) * w.outputs)]), taps(g.kernel_size()) {
         const Int rows = w.rows(g);
-        parallel(w.count(g) < 4096 ? 1 : threads, [&, parts = w.count(g) < 4096 ? 1 : threads](int part) {
+        const int parts = w.count(g) < 4096 ? 1 : threads;
+        parallel(parts, [&](int part) {
             for (Int r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
                 const Int base = r * w.outputs / g.group_filters() * g.group_channels();
                 std::vector<Int> next(std::size_t(taps) + 1);
@@ -222,7 +226,7 @@ void input_gradient(int threads, const Geometry& geometry, const Units<const T, 
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
     const Int outputs = w.outputs, taps = g.kernel_size();
-    const auto plan = backward_plan<N>(g, w.count(g) * outputs, sizeof(A), Whole{outputs, 6});
+    const auto plan = backward_plan<N>(g, w.count(g) * outputs, sizeof(A), Whole{outputs, worthwhile});
     const Offsets<N> offsets(plan, g.kernel_height, g.kernel_width);
     const Sends<N, A> sends(g, w, threads);
     const int held = units::together(outputs, most_held);
@@ -256,8 +260,8 @@ void value_gradient(int threads, const Geometry& geometry, const Units<T, I>& w,
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
-    const Int outputs = w.outputs, count = w.count(g);
-    const auto plan = forward_plan<N>(g, count * outputs, sizeof(A), Whole{1, 6});
+    const Int outputs = w.outputs;
+    const auto plan = forward_plan<N>(g, w.count(g) * outputs, sizeof(A), Whole{1, worthwhile});
     const Reads<N> reads(g, plan, w, threads);
     constexpr int sums_held = std::min(accumulators, N), most = std::min(most_held, sums_held);
     const int held = units::together(outputs, most);
@@ -266,9 +270,9 @@ void value_gradient(int threads, const Geometry& geometry, const Units<T, I>& w,
     correlate(plan, threads, w.starts, outputs, x, dy, w.values,
               [&](Int p, Int, Int first, Int last, const A* packed, const A* gradients, A* sums) {
                   for (Int r = first / outputs; r < last / outputs; ++r) {
-                      const Int from = reads.begin(r, p), units = reads.begin(r, p + 1) - from;
-                      for (Int o = 0; units && o < outputs; o += held) {
-                          inner(reads.offsets.get() + from, 0, units, outputs, packed, plan.stride() * N,
+                      const Int from = reads.begin(r, p), count = reads.begin(r, p + 1) - from;
+                      for (Int o = 0; count && o < outputs; o += held) {
+                          inner(reads.offsets.get() + from, 0, count, outputs, packed, plan.stride() * N,
                                 gradients + (r * outputs + o) * tile_size * N, sums + from * outputs + o);
                       }
                   }

@@ -161,7 +161,7 @@ def _require(
     taps = geometry.kernel[0] * geometry.kernel[1]
     if min(*geometry.kernel, *geometry.stride, *geometry.dilation, geometry.groups) < 1 or min(geometry.padding) < 0:
         raise ValueError(f"sizes of a convolution are at least 1, and its padding at least 0: got {geometry}")
-    if not takes(index, geometry) or index.rows % geometry.groups or index.cols % taps or not index.cols:
+    if not takes(index, geometry) or index.rows % geometry.groups or index.cols % taps or not index.rows * index.cols:
         raise ValueError(
             f"units of {index.outputs} x {index.inputs} do not divide a weight of {index.rows:,} x {index.cols:,} with "
             f"{taps} taps in {geometry.groups} groups: a unit is filters of a group that share a tap of a channel"

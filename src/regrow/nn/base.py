@@ -139,11 +139,12 @@ class SparseModule(nn.Module):
             return values, Index(*(getattr(self, f"{name}_{field}") for field in Index._fields))
         if f"{name}_entry_values" in self._buffers:
             return values[getattr(self, f"{name}_entry_values")], self._entries(name)
-        index = kernels.unit_index(self.topology(name))
-        whole = values.numel() // (index.outputs * index.inputs)
-        size = whole * index.outputs * index.inputs
-        values = values if values.numel() == size else values[:size]
-        return values.view(whole, index.inputs, index.outputs), index
+        outputs, inputs = self.units[name][0], math.prod(self.units[name][1:])
+        whole = values.numel() // (outputs * inputs)
+        values = values if values.numel() == whole * outputs * inputs else values[: whole * outputs * inputs]
+        starts, columns = getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns")
+        index = UnitIndex(starts, columns, math.prod(self.shapes[name][1:]), outputs, inputs)
+        return values.view(whole, inputs, outputs), index
 
     def _entries(self, name: str) -> Index:
         return Index(*(getattr(self, f"{name}_entry_{field}") for field in Index._fields))
