@@ -1,7 +1,6 @@
 // Compiled once per instruction set (REGROW_ISA names it and its namespace); everything it defines is in that namespace.
 #include "kernels.h"
 
-#include "conv.h"
 #include "dispatch.h"
 #include "linear.h"
 
@@ -49,42 +48,13 @@ void run_transpose_index(bool index64, Int rows, Int cols, Address starts, Addre
     }
 }
 
-void run_conv_forward(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address values,
-                      Address x, Address bias, Address y) {
-    with_types(dtype, index64, [&](auto t, auto i) {
-        using T = decltype(t);
-        using I = decltype(i);
-        conv::forward(threads, geometry, at<const Int>(starts), at<const I>(columns), at<const T>(values), at<const T>(x),
-                      at<const T>(bias), at<T>(y));
-    });
-}
-
-void run_conv_input_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Address t_starts, Address t_rows,
-                             Address order, Address values, Address dy, Address dx) {
-    with_types(dtype, index64, [&](auto t, auto i) {
-        using T = decltype(t);
-        using I = decltype(i);
-        conv::input_gradient(threads, geometry, at<const Int>(t_starts), at<const I>(t_rows), at<const I>(order),
-                             at<const T>(values), at<const T>(dy), at<T>(dx));
-    });
-}
-
-void run_conv_value_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address x,
-                             Address dy, Address dvalues) {
-    with_types(dtype, index64, [&](auto t, auto i) {
-        using T = decltype(t);
-        using I = decltype(i);
-        conv::value_gradient(threads, geometry, at<const Int>(starts), at<const I>(columns), at<const T>(x), at<const T>(dy),
-                             at<T>(dvalues));
-    });
-}
-
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {run_spmm, run_sddmm, run_transpose, run_transpose_index,
                          run_conv_forward, run_conv_input_gradient, run_conv_value_gradient,
-                         run_unit_spmm, run_unit_sddmm};
+                         run_unit_spmm, run_unit_sddmm,
+                         run_unit_conv_forward, run_unit_conv_input_gradient, run_unit_conv_value_gradient};
 
 }  // namespace REGROW_ISA
 }  // namespace regrow

@@ -48,6 +48,13 @@ struct Kernels {
     void (*unit_sddmm)(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, Int batch,
                        Address starts, Address columns, Address x, Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature,
                        Address dvalues);
+    // Of units of `outputs` filters x one tap of one channel; no unit spans two groups.
+    void (*unit_conv_forward)(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count, Address starts,
+                              Address columns, Address values, Address x, Address bias, Address y);
+    void (*unit_conv_input_gradient)(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count,
+                                     Address starts, Address columns, Address values, Address dy, Address dx);
+    void (*unit_conv_value_gradient)(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count,
+                                     Address starts, Address columns, Address x, Address dy, Address dvalues);
 };
 
 }  // namespace regrow

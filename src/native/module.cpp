@@ -51,14 +51,14 @@ InstructionSet choose() {
 }
 
 // Python passes a geometry as its numbers, in the order of the struct.
-template <class... Addresses>
-auto with_geometry(void (*run)(int, bool, int, const Geometry&, Addresses...)) {
+template <class... Rest>
+auto with_geometry(void (*run)(int, bool, int, const Geometry&, Rest...)) {
     return [run](int dtype, bool index64, int threads, Int images, Int channels, Int height, Int width, Int filters, Int kernel_height,
                  Int kernel_width, Int stride_height, Int stride_width, Int padding_height, Int padding_width, Int dilation_height,
-                 Int dilation_width, Int groups, Addresses... addresses) {
+                 Int dilation_width, Int groups, Rest... rest) {
         const Geometry geometry{images,       channels,      height,       width,          filters,       kernel_height,   kernel_width,
                                 stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width, groups};
-        run(dtype, index64, threads, geometry, addresses...);
+        run(dtype, index64, threads, geometry, rest...);
     };
 }
 
@@ -78,6 +78,9 @@ NB_MODULE(_native, module) {
     module.def("conv_value_gradient", with_geometry(kernels.conv_value_gradient), released);
     module.def("unit_spmm", kernels.unit_spmm, released);
     module.def("unit_sddmm", kernels.unit_sddmm, released);
+    module.def("unit_conv_forward", with_geometry(kernels.unit_conv_forward), released);
+    module.def("unit_conv_input_gradient", with_geometry(kernels.unit_conv_input_gradient), released);
+    module.def("unit_conv_value_gradient", with_geometry(kernels.unit_conv_value_gradient), released);
 }
 
 }  // namespace regrow

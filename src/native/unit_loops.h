@@ -30,6 +30,18 @@ constexpr Int ahead = 8;  // units between a request for activations and their u
 template <int NV>
 constexpr int most_held = std::min(accumulators / 2, accumulators / NV);  // outputs that fit in registers, NV vectors of each
 
+// How many outputs of a unit are computed together: the largest power of 2, at most `most`, that divides them.
+inline int together(Int outputs, int most) { return int(std::min<Int>(most, outputs & -outputs)); }
+
+// Calls f with `count`, a power of 2 of at most `most`.
+template <int most, int H = 1, class F>
+void with_held(int count, F&& f) {
+    if constexpr (H < most) {
+        if (count > H) return with_held<most, 2 * H>(count, f);
+    }
+    f(std::integral_constant<int, H>());
+}
+
 // Asks for NV vectors. Columns jump about, which the processor's own prefetching cannot follow.
 template <int NV, class A>
 inline void ask(const A* activations) {

@@ -1,27 +1,10 @@
 // Compiled once per instruction set, as kernels.cpp is, and beside it because it takes as long.
 #include "units.h"
 
-#include <stdexcept>
-#include <string>
-
 #include "dispatch.h"
 
 namespace regrow {
 namespace REGROW_ISA {
-namespace {
-
-// The kernels walk from start to start: a last one beyond the columns would lead them out of the memory of both.
-const Int* checked(Address address, Int rows, Int count) {
-    const Int* starts = at<const Int>(address);
-    if (starts[0] != 0 || starts[rows] != count) {
-        throw std::invalid_argument("starts must run from 0 to the number of columns, " + std::to_string(count) + ", and run from " +
-                                    std::to_string(starts[0]) + " to " + std::to_string(starts[rows]));
-    }
-    return starts;
-}
-
-}  // namespace
-
 void run_unit_spmm(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, bool transposed,
                    Int batch, Address starts, Address columns, Address values, Address x, Int x_batch, Int x_feature, Address bias,
                    Address y, Int y_batch, Int y_feature) {

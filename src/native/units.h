@@ -30,18 +30,6 @@ struct Weight {
 
 constexpr Int reach = Int(1) << 20;  // bytes of a packed tile that a row of units reaches into at a time
 
-// How many outputs of a unit are computed together: the largest power of 2, at most `most`, that divides them.
-inline int together(Int outputs, int most) { return int(std::min<Int>(most, outputs & -outputs)); }
-
-// Calls f with `count`, a power of 2 of at most `most`.
-template <int most, int H = 1, class F>
-void with_held(int count, F&& f) {
-    if constexpr (H < most) {
-        if (count > H) return with_held<most, 2 * H>(count, f);
-    }
-    f(std::integral_constant<int, H>());
-}
-
 // Calls f(r, from, to) for the units of rows r0..r1 that lie in columns c0..c1, one panel of columns after the other.
 template <class T, class I, class F>
 void for_segments(const Weight<T, I>& w, Int r0, Int r1, Int c0, Int c1, Int panel, F&& f) {

@@ -6,89 +6,17 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from support.convolutions import GEOMETRIES, Geometry
+from support.native import DTYPES, check
 
 native: Any = pytest.importorskip("regrow.kernels._native", reason="built without the compiled kernels")
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# What a float32 or float64 sum may lose, and the last rounding to bfloat16; relative to the sum of absolute values.
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 8e-3}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    images: int
-    channels: int
-    height: int
-    width: int
-    filters: int
-    kernel_height: int = 3
-    kernel_width: int = 3
-    stride_height: int = 1
-    stride_width: int = 1
-    padding_height: int = 1
-    padding_width: int = 1
-    dilation_height: int = 1
-    dilation_width: int = 1
-    groups: int = 1
-
-    @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
-        return self.filters, self.channels // self.groups, self.kernel_height, self.kernel_width
-
-    @property
-    def input_shape(self) -> tuple[int, int, int, int]:
-        return self.images, self.channels, self.height, self.width
-
-    @property
-    def windows(self) -> tuple[list[int], list[int], list[int]]:
-        return (
-            [self.stride_height, self.stride_width],
-            [self.padding_height, self.padding_width],
-            [self.dilation_height, self.dilation_width],
-        )
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        stride, padding, dilation = self.windows
-        return F.conv2d(x, weight, bias, stride, padding, dilation, self.groups)
-
-    def gradients(self, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        stride, padding, dilation = self.windows
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, stride, padding, dilation, False, [0, 0], self.groups, [True, True, False]
-        )
-        return dx, dweight
-
-
-GEOMETRIES = {
-    "residual": Geometry(64, 8, 8, 8, 16),
-    "strided": Geometry(33, 16, 17, 13, 12, stride_height=2, stride_width=2),
-    "shortcut": Geometry(17, 6, 8, 8, 4, 1, 1, 2, 2, 0, 0),
-    "pointwise": Geometry(20, 40, 5, 7, 33, 1, 1, padding_height=0, padding_width=0),
-    "stride 3 beyond the kernel": Geometry(16, 3, 14, 11, 5, 1, 2, 3, 3),
-    "dilated": Geometry(18, 7, 19, 16, 9, dilation_height=3, dilation_width=2, padding_height=3, padding_width=2),
-    "dilated and strided": Geometry(16, 5, 20, 21, 6, 3, 3, 2, 3, 2, 0, 3, 2),
-    "5x5": Geometry(16, 4, 9, 50, 6, 5, 5, padding_height=2, padding_width=2),
-    "1x3": Geometry(40, 9, 6, 33, 10, 1, 3, padding_height=0),
-    "one-dimensional": Geometry(19, 12, 1, 70, 8, 1, 5, padding_height=0, padding_width=4),
-    "grouped": Geometry(16, 12, 8, 8, 18, groups=3),
-    "depthwise": Geometry(21, 40, 6, 6, 80, groups=40),
-    "many channels": Geometry(3, 300, 4, 4, 70),
-    "many filters": Geometry(16, 3, 4, 4, 1100),
-    "wide": Geometry(16, 2, 3, 150, 3),
-    "one position": Geometry(100, 5, 1, 1, 7),
-    "one image": Geometry(1, 6, 32, 32, 5),
-    "three images": Geometry(3, 6, 10, 12, 5),
-    "one connection": Geometry(1, 1, 1, 1, 1, 1, 1, padding_height=0, padding_width=0),
-    "no image": Geometry(0, 4, 8, 8, 4),
-    "stem": Geometry(16, 3, 40, 36, 8, 7, 7, 2, 2, 3, 3),
-}
 
 
 class Weight:
@@ -139,15 +67,6 @@ def surrounded(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 def random_like(tensor: Tensor) -> Tensor:
     return surrounded(tensor.shape, tensor.dtype).copy_(torch.randn(tensor.shape))
-
-
-def check(result: Tensor, expected: Tensor, scale: Tensor) -> None:
-    assert not result.isnan().any()
-    error = (result.double() - expected).abs()
-    assert bool((error <= TOLERANCES[result.dtype] * (scale + 1e-30)).all()), float((error / (scale + 1e-30)).max())
-    around = result._base
-    assert around is not None
-    assert int(around.isnan().sum()) == around.numel() - result.numel()
 
 
 def check_products(w: Weight, biased: bool, threads: int) -> None:

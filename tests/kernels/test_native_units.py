@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import itertools
-import mmap
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from support import native as memory
+from support.native import DTYPES, ISAS, check, instance, require_untouched_edges, within
 from support.units import Unit
 
 installed: Any = pytest.importorskip("regrow.kernels._native", reason="built without the compiled kernels")
 
-ISAS = ("plain", "avx2", "avx512")
 UNITS = [(2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 8), (16, 16), (8, 2), (1, 4), (3, 1), (12, 3), (6, 5), (32, 1)]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# What a float32 or float64 sum may lose, and the last rounding to bfloat16.
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 8e-3}
 BATCHES = (0, 1, 3, 4, 8, 17, 40, 64, 100, 130, 300)
 GRIDS = ((1, 1), (5, 3), (9, 31), (3, 150))
 DENSITIES = (0.05, 0.4, 1.0)
@@ -31,31 +23,8 @@ DENSITIES = (0.05, 0.4, 1.0)
 
 @pytest.fixture(params=ISAS)
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Another instance of the extension for every instruction set that this processor has."""
-    monkeypatch.setenv("REGROW_ISA", request.param)
-    spec = importlib.util.spec_from_file_location("_native", installed.__file__)
-    assert spec is not None and spec.loader is not None
-    try:
-        module: Any = importlib.util.module_from_spec(spec)
-    except ImportError as error:
-        pytest.skip(str(error))
-    spec.loader.exec_module(module)
-    assert module.isa() == request.param
-    return module
-
-
-def within(tensor: Tensor, around: float) -> Tensor:
-    """A copy of `tensor` in the middle of a larger one full of `around`, which a stray read would bring in."""
-    flat = torch.full((tensor.numel() + 128,), around, dtype=tensor.dtype)
-    flat[64 : 64 + tensor.numel()] = tensor.reshape(-1)
-    return flat[64 : 64 + tensor.numel()].view(tensor.shape)
-
-
-def is_alone(tensor: Tensor) -> bool:
-    """Whether the NaN around a tensor made by `within` are still there."""
-    base = tensor._base
-    assert base is not None
-    return bool(base[:64].isnan().all() and base[-64:].isnan().all())
+    """Every instruction set that this processor has."""
+    return instance(request.param, monkeypatch)
 
 
 def activations(batch: int, features: int, dtype: torch.dtype, feature_major: bool) -> Tensor:
@@ -106,14 +75,6 @@ def multiply(
 def sample(native: Any, w: Weight, x: Tensor, dy: Tensor, out: Tensor, threads: int = 2) -> None:
     pointers = (t.data_ptr() for t in (w.starts, w.columns, x))
     native.unit_sddmm(*w.head(threads), len(x), *pointers, *x.stride(), dy.data_ptr(), *dy.stride(), out.data_ptr())
-
-
-def check(result: Tensor, expected: Tensor, scale: Tensor) -> None:
-    """Errors are relative to the sum of absolute values of what was added up; nothing around the result was written."""
-    assert not result.isnan().any()
-    error = (result.double() - expected).abs()
-    assert bool((error <= TOLERANCES[result.dtype] * (scale + 1e-30)).all()), float((error / (scale + 1e-30)).max())
-    assert is_alone(result)
 
 
 def check_products(native: Any, w: Weight, batch: int, x_major: bool, y_major: bool, threads: int = 2) -> None:
@@ -191,31 +152,7 @@ def test_starts_that_lead_out_of_the_columns_are_refused(native: Any) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_no_memory_beyond_the_operands_is_touched(isa: str) -> None:
     """Also not where it would change no result: every operand begins or ends at a page that must not be touched."""
-    path = [os.path.abspath(p) for p in sys.path if p]
-    environment = os.environ | {"REGROW_ISA": isa, "PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    if "lacks REGROW_ISA" in done.stderr or "names no instruction set" in done.stderr:
-        pytest.skip(f"not on this processor: {isa}")
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-
-
-EDGES = itertools.cycle((True, False))
-
-
-def at_edge(tensor: Tensor, around: float) -> Tensor:
-    """A copy of `tensor` that ends just before a protected page or, in turn, begins just after one."""
-    size, page = tensor.nbytes, mmap.PAGESIZE
-    if not size:
-        return tensor
-    before = next(EDGES)
-    pages = -(-size // page)
-    area = mmap.mmap(-1, (pages + 1) * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area)) + (pages * page if before else 0)
-    offset = pages * page - size if before else page
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
-    copy.copy_(tensor)
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), page, 0) == 0  # PROT_NONE
-    return copy
+    require_untouched_edges(isa, __file__)
 
 
 def touch_edges() -> None:
@@ -227,6 +164,6 @@ def touch_edges() -> None:
 
 
 if __name__ == "__main__":
-    within, is_alone = at_edge, lambda tensor: True
+    within, memory.is_alone = memory.at_edge, lambda tensor: True
     touch_edges()
     print("done")

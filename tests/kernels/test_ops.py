@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regrow import Topology, kernels
-from regrow.kernels import Geometry, Index, Keeper, layout, native, ops, reference
+from regrow.kernels import Geometry, Index, Keeper, conv_ops, layout, native, ops, reference
 
 DENSITIES = [0.0, 0.3, 1.0]
 BATCHES = [0, 1, 3, 17]
@@ -162,9 +162,9 @@ def test_operators_are_sound_for_compilers():
     index = kernels.index(random_topology((4, 3, 2, 3), 0.4))
     values, x = leaf(index.nnz, dtype=torch.float32), leaf(2, 6, 4, 7, dtype=torch.float32)
     dy = leaf(2, 4, *GEOMETRY.output(4, 7), dtype=torch.float32)
-    torch.library.opcheck(ops._conv, (x, values, None, GEOMETRY.ints, 0, *index))
-    torch.library.opcheck(ops._conv_input_gradient, (dy, values, GEOMETRY.ints, [2, 6, 4, 7], 0, *index))
-    torch.library.opcheck(ops._conv_value_gradient, (x, dy, GEOMETRY.ints, index.nnz, 0, *index))
+    torch.library.opcheck(conv_ops.ENTRIES.forward, (x, values, None, GEOMETRY.ints, 0, *index))
+    torch.library.opcheck(conv_ops.ENTRIES.input_gradient, (dy, values, GEOMETRY.ints, [2, 6, 4, 7], 0, *index))
+    torch.library.opcheck(conv_ops.ENTRIES.value_gradient, (x, dy, GEOMETRY.ints, index.nnz, 0, *index))
 
 
 def test_layout_travels():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regrow import kernels
+from regrow.kernels import Index, UnitIndex
 from regrow.nn import SparseConv1d, SparseConv2d, SparseConv3d, SparseModule
 from support.twins import assert_equal, sparsified, topology
 
@@ -63,6 +64,38 @@ def test_equals_the_dense_one(cls: type[nn.Module], options: dict[str, Any], den
     assert sparse(image(cls, 3)).is_contiguous()
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize(("cls", "options"), KINDS, ids=label)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_units_equal_the_dense_one(cls: type[nn.Module], options: dict[str, Any], density: float, outputs: int) -> None:
+    """They run on units unless one would span two groups; room may be for parts of a unit."""
+    dense = cls(4, 6, **options).double()
+    sparse = sparsified(dense, density, room=5, outputs=outputs)
+    assert isinstance(sparse.index(), UnitIndex) == (6 // options.get("groups", 1) % outputs == 0)
+    assert_equal(sparse, dense, image(cls, 3))
+    assert sparse(image(cls, 0)).shape == dense(image(cls, 0)).shape
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_units_of_transposed_convolutions_run_on_entries(groups: int) -> None:
+    """Their rows are inputs."""
+    dense = nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=groups).double()
+    sparse = sparsified(dense, 0.4, outputs=2)
+    assert isinstance(sparse.index(), Index)
+    assert_equal(sparse, dense, image(nn.Conv2d, 3))
+
+
+def test_a_rewired_convolution_of_units_gives_what_its_new_topology_says() -> None:
+    dense = nn.Conv2d(4, 16, 3, padding=1).double()
+    sparse, x = sparsified(dense, 0.3, room=300, outputs=8), image(nn.Conv2d, 2)
+    sparse.rewire("weight", topology((16, 4, 3, 3), 0.5, 8))
+    with torch.no_grad():
+        sparse.weight.normal_()
+    torch.testing.assert_close(sparse(x), sparse.to_dense()(x))
+    assert not torch.allclose(sparse(x), dense(x))
+
+
 def test_channels_last_input() -> None:
     dense = nn.Conv2d(4, 6, 3).double()
     x = image(nn.Conv2d, 2).to(memory_format=torch.channels_last)
@@ -78,9 +111,12 @@ def test_second_derivatives(cls: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize(("cls", "groups"), [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 1), (nn.Conv3d, 2)], ids=label)
 @pytest.mark.parametrize("density", [0.4, 1.0])
-def test_a_keeper_sees_the_gradient_at_every_position(cls: type[nn.Module], groups: int, density: float) -> None:
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_keeper_sees_the_gradient_at_every_position(
+    cls: type[nn.Module], groups: int, density: float, outputs: int
+) -> None:
     dense = cls(4, 6, 3, stride=2, padding=1, groups=groups).double()
-    sparse = sparsified(dense, density)
+    sparse = sparsified(dense, density, outputs=outputs)
     keeper = kernels.Keeper(lambda n: None)
     sparse.keys["weight"] = keeper.key
     assert_equal(sparse, dense, image(cls, 3))
@@ -90,6 +126,9 @@ def test_a_keeper_sees_the_gradient_at_every_position(cls: type[nn.Module], grou
     anywhere = topology(tuple(dense.weight.shape), 0.3)
     sampled = kernels.sampled(keeper.kept[0], kernels.index(anywhere))
     torch.testing.assert_close(sampled, dense.weight.grad.view(-1)[anywhere.indices])
+    units = topology(tuple(dense.weight.shape), 0.3, 3)
+    sampled = kernels.sampled(keeper.kept[0], kernels.unit_index(units)).view(-1)
+    torch.testing.assert_close(sampled, dense.weight.grad.view(-1)[units.entries])
 
 
 @pytest.mark.parametrize("cls", [SparseConv1d, SparseConv2d, SparseConv3d])
@@ -118,17 +157,18 @@ def test_values_are_drawn_as_torch_draws_them() -> None:
         assert 0.9 * bound < parameter.abs().max() <= bound
 
 
-@pytest.mark.parametrize("density", [0.4, 1.0])
+@pytest.mark.parametrize(("density", "outputs"), [(0.4, 1), (1.0, 1), (0.4, 2), (1.0, 2)])
 @pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d], ids=label)
-def test_compiles_to_one_graph(cls: type[nn.Module], density: float) -> None:
+def test_compiles_to_one_graph(cls: type[nn.Module], density: float, outputs: int) -> None:
     dense = cls(4, 6, 3, padding="same").double()
-    sparse = sparsified(dense, density)
+    sparse = sparsified(dense, density, outputs=outputs)
+    torch.compiler.reset()  # which counts how often it compiles one function
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
     x = image(cls, 2)
     torch.testing.assert_close(compiled(x), dense(x))
     compiled(x).square().sum().backward()
     dense(x).square().sum().backward()
-    torch.testing.assert_close(sparse.weight.grad, dense.weight.grad.view(-1)[sparse.topology().indices])
+    torch.testing.assert_close(sparse.weight.grad, dense.weight.grad.view(-1)[sparse.topology().entries])
 
 
 def test_errors_say_what_is_wrong() -> None:

@@ -13,22 +13,25 @@ from regrow.core.topology import Topology
 from regrow.nn import SparseModule, kind_of, sparse_class
 
 
-def topology(shape: tuple[int, ...], density: float) -> Topology:
-    """Each entry active by chance, from torch's generator."""
-    return Topology(shape, (torch.rand(shape) < density).view(-1).nonzero().view(-1))
+def topology(shape: tuple[int, ...], density: float, outputs: int = 1) -> Topology:
+    """Each unit of `outputs` rows active by chance, from torch's generator."""
+    whole = Topology(shape, unit=(outputs, *[1] * (len(shape) - 1)))
+    return whole.at((torch.rand(whole.grid) < density).view(-1).nonzero().view(-1))
 
 
-def sparsified(dense: nn.Module, density: float, names: Sequence[str] | None = None, room: int = 0) -> SparseModule:
-    """A sparse copy of `dense`, which gets zeros where nothing is active; `room` is left for more entries."""
+def sparsified(
+    dense: nn.Module, density: float, names: Sequence[str] | None = None, room: int = 0, outputs: int = 1
+) -> SparseModule:
+    """A sparse copy of `dense`, which gets zeros where no unit is active; `room` is left for more entries."""
     cls, kind = sparse_class(dense), kind_of(type(dense))
     assert cls is not None and kind is not None
     weights = {}
     for name in kind.weights_of(dense) if names is None else names:
         parameter = getattr(dense, name)
-        at = topology(tuple(parameter.shape), density)
+        at = topology(tuple(parameter.shape), density, outputs)
         with torch.no_grad():
             parameter *= at.mask
-        values = torch.cat([parameter.detach().view(-1)[at.indices], parameter.new_zeros(room)])
+        values = torch.cat([parameter.detach().view(-1)[at.entries], parameter.new_zeros(room)])
         weights[name] = nn.Parameter(values), at
     return cls.adopt(copy.deepcopy(dense), weights)
 
@@ -55,7 +58,7 @@ def gradients(module: nn.Module, dense: nn.Module) -> Iterator[tuple[str, Tensor
             owner, own = shapes[name]
             at = owner.topology(own)
             room = expected.new_zeros(parameter.numel() - at.nnz)
-            expected = torch.cat([expected.reshape(-1)[at.indices], room])
+            expected = torch.cat([expected.reshape(-1)[at.entries], room])
         if parameter.grad is None or expected is None:
             assert parameter.grad is None and expected is None, name
         else:

@@ -10,6 +10,13 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from regrow.kernels import native, reference
+from regrow.kernels.index import Index
+
+# Not one `Tensor[]`: torch flattens lists in Python at every call, a quarter of the time of a small layer's step.
+ENTRIES = ", ".join(f"Tensor {field}" for field in Index._fields)
+"""The fields of an `Index` as arguments of an operator."""
+UNITS = "Tensor starts, Tensor columns, SymInt cols, SymInt outputs, SymInt inputs"
+"""The fields of a `UnitIndex` as arguments of an operator."""
 
 
 def kernels(*tensors: Tensor) -> ModuleType:

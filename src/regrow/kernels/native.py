@@ -142,31 +142,39 @@ def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
     )
 
 
-def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, out: Tensor) -> None:
+def conv(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index | UnitIndex, geometry: Geometry, out: Tensor
+) -> None:
     """out (N, O, HO, WO) = the convolution of x (N, C, H, W), contiguous, with the sparse weight."""
     assert _native is not None
+    run = _native.unit_conv_forward if isinstance(index, UnitIndex) else _native.conv_forward
     bias_at = 0 if bias is None else bias.data_ptr()
     data = [index.starts, index.columns, values, x]
-    _native.conv_forward(*_conv(x, index, geometry), *(t.data_ptr() for t in data), bias_at, out.data_ptr())
+    run(*_conv(x, index, geometry), *(t.data_ptr() for t in data), bias_at, out.data_ptr())
 
 
-def conv_input_gradient(dy: Tensor, values: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
+def conv_input_gradient(dy: Tensor, values: Tensor, index: Index | UnitIndex, geometry: Geometry, out: Tensor) -> None:
     """out (N, C, H, W): the gradient of the input from dy (N, O, HO, WO), contiguous."""
     assert _native is not None
-    data = [index.t_starts, index.t_rows, index.order, values, dy, out]
-    _native.conv_input_gradient(*_conv(out, index, geometry), *(t.data_ptr() for t in data))
+    if isinstance(index, UnitIndex):
+        run, where = _native.unit_conv_input_gradient, [index.starts, index.columns]
+    else:
+        run, where = _native.conv_input_gradient, [index.t_starts, index.t_rows, index.order]
+    run(*_conv(out, index, geometry), *(t.data_ptr() for t in [*where, values, dy, out]))
 
 
-def conv_value_gradient(x: Tensor, dy: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
-    """out[j], j below nnz: the gradient of each value, from x (N, C, H, W) and dy (N, O, HO, WO), contiguous."""
+def conv_value_gradient(x: Tensor, dy: Tensor, index: Index | UnitIndex, geometry: Geometry, out: Tensor) -> None:
+    """out[j], j below nnz or units: the gradient of values, from x (N, C, H, W) and dy (N, O, HO, WO), contiguous."""
     assert _native is not None
+    run = _native.unit_conv_value_gradient if isinstance(index, UnitIndex) else _native.conv_value_gradient
     data = [index.starts, index.columns, x, dy, out]
-    _native.conv_value_gradient(*_conv(x, index, geometry), *(t.data_ptr() for t in data))
+    run(*_conv(x, index, geometry), *(t.data_ptr() for t in data))
 
 
-def _conv(x: Tensor, index: Index, geometry: Geometry) -> tuple[int, ...]:
+def _conv(x: Tensor, index: Index | UnitIndex, geometry: Geometry) -> tuple[int, ...]:
     head = (_DTYPES[x.dtype], _wide(index.columns), torch.get_num_threads())
-    return (*head, *x.shape, index.rows, *(n for pair in geometry[:-1] for n in pair), geometry.groups)
+    numbers = (*head, *x.shape, index.rows, *(n for pair in geometry[:-1] for n in pair), geometry.groups)
+    return (*numbers, index.outputs, index.units) if isinstance(index, UnitIndex) else numbers
 
 
 def _units(x: Tensor, index: UnitIndex) -> tuple[int, ...]:

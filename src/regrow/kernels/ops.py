@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.topology import Topology
-from regrow.kernels import activations, layout, unit_ops
+from regrow.kernels import activations, conv_ops, layout, unit_ops
 from regrow.kernels.geometry import Geometry
 from regrow.kernels.index import Index
 from regrow.kernels.units import UnitIndex
@@ -78,19 +78,31 @@ def linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, *, keep: int = 0) -> Tensor:
+def conv(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index | UnitIndex, geometry: Geometry, *, keep: int = 0
+) -> Tensor:
     """The convolution of x (N, C, H, W) with a sparse weight, plus bias (O,): (N, O, HO, WO).
 
     Args:
         x: (N, C, H, W).
-        values: (capacity,) of which the first nnz are used.
+        values: (capacity,) of which the first nnz are used; of units (capacity, 1, outputs) of which the first
+            `index.units` are used.
         bias: (O,) or None.
-        index: of the weight seen as the matrix (O, C / groups * KH * KW).
+        index: of the weight seen as the matrix (O, C / groups * KH * KW). A unit is some filters that share one tap of
+            one channel, all in one group.
         geometry: kernel, stride, padding, dilation, groups.
         keep: the key of a `Keeper`.
 
     Raises:
-        ValueError: when the channels of x do not fit.
+        ValueError: when the channels of x do not fit, or units are larger or span two groups.
+
+    Examples:
+        >>> from regrow.kernels import unit_index
+        >>> eights = Topology((16, 1, 1, 2), torch.tensor([0, 3]), unit=(8, 1, 1, 1))
+        >>> x, ones = torch.tensor([[[[1.0, 2.0, 3.0]]]]), torch.ones(2, 1, 8)
+        >>> y = conv(x, ones, None, unit_index(eights), Geometry((1, 2)))
+        >>> y[0, 0].tolist(), y[0, 15].tolist()
+        ([[1.0, 2.0]], [[2.0, 3.0]])
     """
     channels = index.cols * geometry.groups // (geometry.kernel[0] * geometry.kernel[1])
     if x.dim() != 4 or x.shape[1] != channels:
@@ -101,7 +113,8 @@ def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry:
             f"{geometry.kernel} with dilation {geometry.dilation}: give larger images or more padding"
         )
     x, values, bias = layout.cast(x, values, bias)
-    y: Tensor = _conv(x.contiguous(), values, bias, geometry.ints, keep, *index)
+    products = conv_ops.UNITS if isinstance(index, UnitIndex) else conv_ops.ENTRIES
+    y: Tensor = products.forward(x.contiguous(), values, bias, geometry.ints, keep, *index)
     return y
 
 
@@ -136,7 +149,7 @@ def conv_transpose(
     x, values, _ = layout.cast(x, values, None)
     channels = index.cols * geometry.groups // (geometry.kernel[0] * geometry.kernel[1])
     shape = [x.shape[0], channels, *size]
-    y: Tensor = _conv_input_gradient(x.contiguous(), values, geometry.ints, shape, keep, *index)
+    y: Tensor = conv_ops.ENTRIES.input_gradient(x.contiguous(), values, geometry.ints, shape, keep, *index)
     return y
 
 
@@ -145,27 +158,32 @@ def sampled(operands: activations.Operands, index: Index | UnitIndex) -> Tensor:
 
     Returns:
         (nnz,), or (units, inputs, outputs) at the units of a `UnitIndex`, which need not be those of the product.
-
-    Raises:
-        ValueError: for units of a convolution, which has no kernels for them.
     """
     x, dy, geometry = operands
     if isinstance(index, UnitIndex):
-        if geometry is not None:
-            raise ValueError(f"units of {index.outputs} x {index.inputs} have no kernels for convolutions")
-        found: Tensor = unit_ops.unit_sddmm(x, dy, index.units, 0, *index)
+        if geometry is not None and not conv_ops.takes(index, geometry):
+            return _sampled_singly(operands, index)
+        found: Tensor = (
+            unit_ops.unit_sddmm(x, dy, index.units, 0, *index)
+            if geometry is None
+            else conv_ops.UNITS.value_gradient(x, dy, geometry.ints, index.units, 0, *index)
+        )
     elif geometry is None:
         found = _sddmm(x, dy, index.nnz, 0, *index)
     else:
-        found = _conv_value_gradient(x, dy, geometry.ints, index.nnz, 0, *index)
+        found = conv_ops.ENTRIES.value_gradient(x, dy, geometry.ints, index.nnz, 0, *index)
     return found
 
 
-_INDEX = ", ".join(f"Tensor {field}" for field in Index._fields)
+def _sampled_singly(operands: activations.Operands, units: UnitIndex) -> Tensor:
+    """`sampled` at units that the kernels of convolutions do not take: entry by entry."""
+    whole = Topology.trusted((units.rows, units.cols), units.starts, units.columns, (units.outputs, units.inputs))
+    positions, order = whole.entries.sort()
+    found = sampled(operands, index(Topology(whole.shape, positions)))
+    return torch.empty_like(found).index_copy_(0, order, found).view(units.units, units.inputs, units.outputs)
 
 
-# Not one `Tensor[]`: torch flattens lists in Python at every call, a quarter of the time of a small layer's step.
-_operator = partial(layout.operator, _INDEX)
+_operator = partial(layout.operator, layout.ENTRIES)
 
 
 @_operator("spmm", "Tensor x, Tensor values, Tensor? bias, bool transposed, bool feature_major, SymInt keep")
@@ -240,101 +258,3 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_context)
-
-
-@_operator("conv", "Tensor x, Tensor values, Tensor? bias, SymInt[] geometry, SymInt keep")
-def _conv(x: Tensor, values: Tensor, bias: Tensor | None, geometry: list[int], keep: int, *at: Tensor) -> Tensor:
-    """The convolution of x (N, C, H, W), contiguous: (N, O, HO, WO)."""
-    index, shape = Index(*at), Geometry.from_ints(geometry)
-    out = x.new_empty(x.shape[0], index.rows, *shape.output(x.shape[2], x.shape[3]))
-    layout.kernels(x, values, index.starts).conv(
-        x.contiguous(), values.contiguous(), layout.whole(bias), index, shape, out
-    )
-    return out
-
-
-@_conv.register_fake
-def _(x: Tensor, values: Tensor, bias: Tensor | None, geometry: list[int], keep: int, *at: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], Index(*at).rows, *Geometry.from_ints(geometry).output(x.shape[2], x.shape[3]))
-
-
-def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, ctx.geometry, ctx.keep, *at = inputs
-    ctx.save_for_backward(x, values, *at)
-
-
-def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, values, *at = ctx.saved_tensors
-    need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    dy = grad.contiguous()
-    dx = _conv_input_gradient(dy, values, ctx.geometry, list(x.shape), ctx.keep, *at) if need_x else None
-    dvalues = _conv_value_gradient(x, dy, ctx.geometry, values.shape[0], ctx.keep, *at) if need_values else None
-    return dx, dvalues, grad.sum((0, 2, 3)) if need_bias else None, *[None] * 7
-
-
-_conv.register_autograd(_conv_backward, setup_context=_conv_context)
-
-
-@_operator("conv_input_gradient", "Tensor dy, Tensor values, SymInt[] geometry, SymInt[] shape, SymInt keep")
-def _conv_input_gradient(
-    dy: Tensor, values: Tensor, geometry: list[int], shape: list[int], keep: int, *at: Tensor
-) -> Tensor:
-    """The gradient of the input, of `shape` (N, C, H, W), from dy (N, O, HO, WO), contiguous."""
-    index, out = Index(*at), dy.new_empty(shape)
-    found = layout.kernels(dy, values, index.starts)
-    found.conv_input_gradient(dy.contiguous(), values.contiguous(), index, Geometry.from_ints(geometry), out)
-    return out
-
-
-@_conv_input_gradient.register_fake
-def _(dy: Tensor, values: Tensor, geometry: list[int], shape: list[int], keep: int, *at: Tensor) -> Tensor:
-    return dy.new_empty(shape)
-
-
-def _conv_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, values, ctx.geometry, _, ctx.keep, *at = inputs
-    ctx.save_for_backward(dy, values, *at)
-
-
-def _conv_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    dy, values, *at = ctx.saved_tensors
-    need_dy, need_values = ctx.needs_input_grad[:2]
-    grad = grad.contiguous()
-    ddy = _conv(grad, values, None, ctx.geometry, ctx.keep, *at) if need_dy else None
-    dvalues = _conv_value_gradient(grad, dy, ctx.geometry, values.shape[0], ctx.keep, *at) if need_values else None
-    return ddy, dvalues, *[None] * 8
-
-
-_conv_input_gradient.register_autograd(_conv_input_backward, setup_context=_conv_input_context)
-
-
-@_operator("conv_value_gradient", "Tensor x, Tensor dy, SymInt[] geometry, SymInt capacity, SymInt keep")
-def _conv_value_gradient(x: Tensor, dy: Tensor, geometry: list[int], capacity: int, keep: int, *at: Tensor) -> Tensor:
-    """(capacity,): the gradient of each active entry from x (N, C, H, W) and dy (N, O, HO, WO); zero beyond nnz."""
-    index, shape = Index(*at), Geometry.from_ints(geometry)
-    out = x.new_empty(capacity)
-    out[index.nnz :] = 0
-    layout.kernels(x, dy, index.starts).conv_value_gradient(x.contiguous(), dy.contiguous(), index, shape, out)
-    activations.keep(keep, x, dy, shape)
-    return out
-
-
-@_conv_value_gradient.register_fake
-def _(x: Tensor, dy: Tensor, geometry: list[int], capacity: int, keep: int, *at: Tensor) -> Tensor:
-    return x.new_empty(capacity)
-
-
-def _conv_value_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, dy, ctx.geometry, _, _, *at = inputs
-    ctx.save_for_backward(x, dy, *at)
-
-
-def _conv_value_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, dy, *at = ctx.saved_tensors
-    need_x, need_dy = ctx.needs_input_grad[:2]
-    dx = _conv_input_gradient(dy, grad, ctx.geometry, list(x.shape), 0, *at) if need_x else None
-    ddy = _conv(x, grad, None, ctx.geometry, 0, *at) if need_dy else None
-    return dx, ddy, *[None] * 8
-
-
-_conv_value_gradient.register_autograd(_conv_value_backward, setup_context=_conv_value_context)

@@ -68,30 +68,44 @@ def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
         out[part] = found.to(out.dtype)
 
 
-def conv(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Geometry, out: Tensor) -> None:
+def conv(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index | UnitIndex, geometry: Geometry, out: Tensor
+) -> None:
     """out (N, O, HO, WO) = the convolution of x (N, C, H, W) with the sparse weight."""
-    patches, grouped = _patches(x, geometry), _grouped(index, geometry, x.shape[1])
+    patches = _patches(x, geometry)
     y = patches.new_empty(patches.shape[0], out.shape[1])
-    spmm(patches, values, bias, grouped, False, y)
+    _product(patches, values, bias, _grouped(index, geometry), False, y)
     out.copy_(y.view(out.shape[0], *out.shape[2:], out.shape[1]).permute(0, 3, 1, 2))
 
 
-def conv_input_gradient(dy: Tensor, values: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
+def conv_input_gradient(dy: Tensor, values: Tensor, index: Index | UnitIndex, geometry: Geometry, out: Tensor) -> None:
     """out (N, C, H, W): the gradient of the input from dy (N, O, HO, WO)."""
-    n, channels, height, width = out.shape
-    grouped = _grouped(index, geometry, channels)
+    n, _, height, width = out.shape
+    grouped = _grouped(index, geometry)
     flat = _wide(dy).permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
     patches = flat.new_empty(flat.shape[0], grouped.cols)
-    spmm(flat, values, None, grouped, True, patches)
+    _product(flat, values, None, grouped, True, patches)
     columns = patches.view(n, dy.shape[2] * dy.shape[3], grouped.cols).transpose(1, 2)
     kernel, stride, padding, dilation, _ = geometry
     out.copy_(F.fold(columns, (height, width), kernel, dilation, padding, stride) if n else out)
 
 
-def conv_value_gradient(x: Tensor, dy: Tensor, index: Index, geometry: Geometry, out: Tensor) -> None:
-    """out[j], j below nnz: the gradient of each value, from x (N, C, H, W) and dy (N, O, HO, WO)."""
-    flat = _wide(dy).permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
-    sddmm(_patches(x, geometry), flat, _grouped(index, geometry, x.shape[1]), out)
+def conv_value_gradient(x: Tensor, dy: Tensor, index: Index | UnitIndex, geometry: Geometry, out: Tensor) -> None:
+    """out[j], j below nnz or units: the gradient of each value, from x (N, C, H, W) and dy (N, O, HO, WO)."""
+    flat, grouped = _wide(dy).permute(0, 2, 3, 1).reshape(-1, dy.shape[1]), _grouped(index, geometry)
+    if isinstance(grouped, UnitIndex):
+        unit_sddmm(_patches(x, geometry), flat, grouped, out)
+    else:
+        sddmm(_patches(x, geometry), flat, grouped, out)
+
+
+def _product(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index | UnitIndex, transposed: bool, out: Tensor
+) -> None:
+    if isinstance(index, UnitIndex):
+        unit_spmm(x, values, bias, index, transposed, out)
+    else:
+        spmm(x, values, bias, index, transposed, out)
 
 
 def _patches(x: Tensor, geometry: Geometry) -> Tensor:
@@ -103,11 +117,12 @@ def _patches(x: Tensor, geometry: Geometry) -> Tensor:
     return F.unfold(_wide(x), kernel, dilation, padding, stride).transpose(1, 2).reshape(-1, size)
 
 
-def _grouped(index: Index, geometry: Geometry, channels: int) -> Index:
+def _grouped(index: Index | UnitIndex, geometry: Geometry) -> Index | UnitIndex:
     """The index with columns counted over all input channels instead of those of the row's group."""
-    group = _rows(index).long() // max(1, index.rows // geometry.groups)
-    cols = channels * geometry.kernel[0] * geometry.kernel[1]
-    columns = index.columns.long() + group * (cols // geometry.groups)
+    group = _rows(index).long() // max(1, (index.starts.numel() - 1) // geometry.groups)
+    columns, cols = index.columns.long() + group * index.cols, index.cols * geometry.groups
+    if isinstance(index, UnitIndex):
+        return index._replace(columns=columns, cols=cols)
     return index._replace(columns=columns, t_starts=columns.new_empty(cols + 1))
 
 

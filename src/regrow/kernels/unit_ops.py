@@ -16,10 +16,7 @@ from torch import Tensor
 from regrow.kernels import activations, layout
 from regrow.kernels.units import UnitIndex
 
-_INDEX = "Tensor starts, Tensor columns, SymInt cols, SymInt outputs, SymInt inputs"
-
-
-_operator = partial(layout.operator, _INDEX)
+_operator = partial(layout.operator, layout.UNITS)
 
 
 @_operator("unit_spmm", "Tensor x, Tensor values, Tensor? bias, bool transposed, bool feature_major, SymInt keep")
@@ -33,16 +30,12 @@ def unit_spmm(
     """
     index = UnitIndex(*at)
     features, others = (index.rows, index.cols) if transposed else (index.cols, index.rows)
-    _require_index(index)
-    _require_alike(index, x, values, bias)
-    _require_shape("the input", x, (x.shape[0], features))
-    if values.dim() != 3 or values.shape[0] < index.units or values.shape[1:] != (index.inputs, index.outputs):
-        raise ValueError(
-            f"the values are {tuple(values.shape)}, {index.units:,} units of {index.outputs} outputs x {index.inputs} "
-            f"inputs take ({index.units:,} or more, {index.inputs}, {index.outputs})"
-        )
+    require_index(index)
+    require_alike(index, x, values, bias)
+    require_shape("the input", x, (x.shape[0], features))
+    require_values(values, index)
     if bias is not None:
-        _require_shape("the bias", bias, (others,))
+        require_shape("the bias", bias, (others,))
     out = layout.empty(x, others, feature_major)
     found = layout.kernels(x, values, index.starts)
     found.unit_spmm(layout.flat(x), values.contiguous(), layout.whole(bias), index, transposed, out)
@@ -88,10 +81,10 @@ def unit_sddmm(x: Tensor, dy: Tensor, capacity: int, keep: int, *at: Any) -> Ten
         ValueError: when sizes, types or devices do not fit each other.
     """
     index = UnitIndex(*at)
-    _require_index(index)
-    _require_alike(index, x, dy)
-    _require_shape("the input", x, (x.shape[0], index.cols))
-    _require_shape("the output gradient", dy, (x.shape[0], index.rows))
+    require_index(index)
+    require_alike(index, x, dy)
+    require_shape("the input", x, (x.shape[0], index.cols))
+    require_shape("the output gradient", dy, (x.shape[0], index.rows))
     if capacity < index.units:
         raise ValueError(f"a capacity of {capacity:,} units is too small for the {index.units:,} active ones")
     out = x.new_empty(capacity, index.inputs, index.outputs)
@@ -124,7 +117,7 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 unit_sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_context)
 
 
-def _require_index(index: UnitIndex) -> None:
+def require_index(index: UnitIndex) -> None:
     """What the kernels trust about an index, as far as it shows without reading all of it."""
     starts, columns = index.starts, index.columns
     if starts.dtype != torch.int64 or columns.dtype not in (torch.int32, torch.int64):
@@ -140,7 +133,8 @@ def _require_index(index: UnitIndex) -> None:
         )
 
 
-def _require_alike(index: UnitIndex, x: Tensor, *others: Tensor | None) -> None:
+def require_alike(index: UnitIndex, x: Tensor, *others: Tensor | None) -> None:
+    """That all tensors have one type, and lie with the index on one device."""
     for tensor in others:
         if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
             raise ValueError(
@@ -151,6 +145,16 @@ def _require_alike(index: UnitIndex, x: Tensor, *others: Tensor | None) -> None:
         raise ValueError(f"the index lies on {index.starts.device}, the input on {x.device}: move them together")
 
 
-def _require_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def require_values(values: Tensor, index: UnitIndex) -> None:
+    """That there are values for all units."""
+    if values.dim() != 3 or values.shape[0] < index.units or values.shape[1:] != (index.inputs, index.outputs):
+        raise ValueError(
+            f"the values are {tuple(values.shape)}, {index.units:,} units of {index.outputs} outputs x {index.inputs} "
+            f"inputs take ({index.units:,} or more, {index.inputs}, {index.outputs})"
+        )
+
+
+def require_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """That a tensor is as the weight takes it."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{what} has shape {tuple(tensor.shape)}, the weight takes {shape}")

@@ -29,16 +29,16 @@ PERSISTENT = ("starts", "columns", "unit")
 """Fields of a layout that a state dict holds; the others follow from them."""
 
 
-def layout(topology: Topology) -> dict[str, Tensor]:
+def layout(topology: Topology, on_units: bool) -> dict[str, Tensor]:
     """What a module keeps of a topology, by field: where the values belong, and what its products read.
 
-    That is an index of entries, or the rows of larger units, whose sizes stand in `unit`. Products that have no kernels
-    for units read the index of their entries in rows, `entry_...`, and which value belongs to each, `entry_values`.
+    That is an index of entries, or the rows of larger units, whose sizes stand in `unit`. Products that do not run on
+    units read the index of their entries in rows, `entry_...`, and which value belongs to each, `entry_values`.
     """
     if topology.is_unstructured:
         return kernels.index(topology)._asdict()
     fields = {"starts": topology.starts, "columns": topology.columns, "unit": torch.tensor(topology.unit)}
-    if kernels.has_kernels(topology):
+    if on_units:
         return fields
     rows, order = topology.by_entries()
     index = kernels.index(rows)._asdict()
@@ -120,8 +120,12 @@ class SparseModule(nn.Module):
         self.shapes[name] = topology.shape
         if not topology.is_unstructured:
             self.units[name] = topology.unit
-        for field, tensor in layout(topology).items():
+        for field, tensor in layout(topology, self.runs_on_units(topology)).items():
             self.register_buffer(f"{name}_{field}", tensor.to(parameter.device), persistent=field in PERSISTENT)
+
+    def runs_on_units(self, topology: Topology) -> bool:
+        """Whether products with a weight of this topology run on its units; else they run on its entries."""
+        return kernels.has_kernels(topology)
 
     def fields(self, name: str) -> list[str]:
         """The fields of the layout of a sparse weight; its buffers are called NAME_FIELD."""
@@ -139,11 +143,11 @@ class SparseModule(nn.Module):
             return values, Index(*(getattr(self, f"{name}_{field}") for field in Index._fields))
         if f"{name}_entry_values" in self._buffers:
             return values.index_select(0, getattr(self, f"{name}_entry_values")), self._entries(name)
-        outputs, inputs = self.units[name]
+        outputs, inputs = self.units[name][0], math.prod(self.units[name][1:])
         whole = values.numel() // (outputs * inputs)
         values = values if values.numel() == whole * outputs * inputs else values[: whole * outputs * inputs]
         starts, columns = getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns")
-        index = UnitIndex(starts, columns, self.shapes[name][1], outputs, inputs)
+        index = UnitIndex(starts, columns, math.prod(self.shapes[name][1:]), outputs, inputs)
         return values.view(whole, inputs, outputs), index
 
     def _entries(self, name: str) -> Index:
@@ -182,7 +186,7 @@ class SparseModule(nn.Module):
                 f"shape {topology.shape} with {topology.nnz:,} does not fit"
             )
         device = getattr(self, name).device
-        for field, tensor in layout(topology).items():
+        for field, tensor in layout(topology, self.runs_on_units(topology)).items():
             setattr(self, f"{name}_{field}", tensor.to(device))
 
     def dense(self, name: str = "weight") -> Tensor:
@@ -201,16 +205,15 @@ class SparseModule(nn.Module):
             return nn.functional.linear(x, full.t() if transposed else full, bias)
         (values, index), key = self.operands(name), self.keys.get(name, 0)
         if index.nnz == index.rows * index.cols and not key:
-            full = self.dense(name).view(index.rows, index.cols) if name in self.units else _whole(values, index)
+            full = self._whole(name, values, index)
             return nn.functional.linear(x, full.t() if transposed else full, bias)
         return kernels.linear(x, values, bias, index, transposed=transposed, keep=key)
 
     def convolution(self, name: str, x: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """The convolution of x (N, C, H, W) with a sparse weight, plus bias: (N, O, HO, WO)."""
         (values, index), key = self.operands(name), self.keys.get(name, 0)
-        assert isinstance(index, Index)
         if index.nnz == index.rows * index.cols and not key:
-            full = _whole(values, index).view(index.rows, -1, *geometry.kernel)
+            full = self._whole(name, values, index).view(index.rows, -1, *geometry.kernel)
             return nn.functional.conv2d(
                 x, full, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
             )
@@ -221,13 +224,18 @@ class SparseModule(nn.Module):
         (values, index), key = self.operands(name), self.keys.get(name, 0)
         assert isinstance(index, Index)
         if index.nnz == index.rows * index.cols and not key:
-            full = _whole(values, index).view(index.rows, -1, *geometry.kernel)
+            full = self._whole(name, values, index).view(index.rows, -1, *geometry.kernel)
             least = geometry.smallest(x.shape[2], x.shape[3])
             extra = [n - m for n, m in zip(size, least, strict=True)]
             return nn.functional.conv_transpose2d(
                 x, full, None, geometry.stride, geometry.padding, extra, geometry.groups, geometry.dilation
             )
         return kernels.conv_transpose(x, values, index, geometry, size, keep=key)
+
+    def _whole(self, name: str, values: Tensor, index: Index | UnitIndex) -> Tensor:
+        """A weight of which every entry is active, as the matrix (rows, cols), from what `operands` gives."""
+        whole = self.dense(name) if isinstance(index, UnitIndex) else values[: index.nnz]
+        return whole.view(index.rows, index.cols)
 
     def _load_from_state_dict(
         self,
@@ -305,11 +313,6 @@ class SparseModule(nn.Module):
             unit = f" in units of {' x '.join(map(str, self.units[name]))}" if name in self.units else ""
             parts.append(f"{label}{self.nnz(name):,} of {math.prod(shape):,} active{unit}")
         return ", ".join(parts)
-
-
-def _whole(values: Tensor, index: Index | UnitIndex) -> Tensor:
-    """A weight of which every entry is active, as the matrix (rows, cols), from values that stand in rows."""
-    return values[: index.nnz].view(index.rows, index.cols)
 
 
 def uniform(bound: float) -> Draw:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from regrow import kernels
+from regrow.core.topology import Topology
 from regrow.kernels import Geometry
 from regrow.nn.base import Draw, Init, SparseModule, uniform
 from regrow.nn.planes import pair, unfold
@@ -102,6 +104,9 @@ class _SparseConv(SparseConvolution):
     def fan_in(self) -> int:
         """Inputs of one output position."""
         return self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    def runs_on_units(self, topology: Topology) -> bool:
+        return kernels.has_kernels(topology, self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         """input (N, in_channels, *size), or without N -> (N, out_channels, *size), or without N."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from regrow.core.topology import Topology
 from regrow.kernels import Geometry
 from regrow.nn.base import Init
 from regrow.nn.conv import Size, SparseConvolution, require_groups
@@ -50,6 +51,10 @@ class _SparseConvTranspose(SparseConvolution):
     def fan_in(self) -> int:
         """Outputs of one input position, which torch takes for the number of inputs."""
         return self.out_channels // self.groups * math.prod(self.kernel_size)
+
+    def runs_on_units(self, topology: Topology) -> bool:
+        # Rows are inputs here.
+        return False
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """input (N, in_channels, *size), or without N -> (N, out_channels, *output_size), or without N.

@@ -164,7 +164,8 @@ class KeptOperands:
     def _sampled(self, topology: Topology, keeper: kernels.Keeper) -> Tensor:
         """The gradient at the entries of `topology` as it accumulated from what a keeper holds, (nnz,)."""
         total = self.gradient.parameter.detach().new_zeros(topology.nnz)
-        if kernels.has_kernels(topology):
+        groups = next((kept.geometry.groups for kept in keeper.kept if kept.geometry is not None), 1)
+        if kernels.has_kernels(topology, groups):
             units = kernels.unit_index(topology)
             for operands in keeper.kept:
                 total += kernels.sampled(operands, units).view(-1)
