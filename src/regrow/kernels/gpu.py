@@ -1,0 +1,221 @@
+"""The kernels on NVIDIA GPUs: Triton programs for weights made of units, plain torch for everything else.
+
+Importing this needs Triton. Weights of single entries, convolutions, float64 and units of more than 128 rows or columns
+run on the reference, on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from regrow.kernels import gpu_programs, reference
+from regrow.kernels.reference import conv as conv
+from regrow.kernels.reference import conv_input_gradient as conv_input_gradient
+from regrow.kernels.reference import conv_value_gradient as conv_value_gradient
+from regrow.kernels.reference import sddmm as sddmm
+from regrow.kernels.reference import spmm as spmm
+from regrow.kernels.reference import transpose_index as transpose_index
+from regrow.kernels.units import UnitIndex
+
+SUMS = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32}
+"""The types that the programs take, and the type in which each is summed."""
+
+_LARGEST = 128
+"""Rows or columns of a unit that one program makes."""
+_DIRECT = 16
+"""Columns of a unit from which on the input gradient is one gathered product: below, most of each tile would be idle."""
+_WORKSPACE = 1 << 27
+"""Bytes of what terms add to an input gradient that are held at once."""
+_TERMS = 64
+"""Terms of one tile of `sampled` and `partial`: what a warp group multiplies at once."""
+_PARTIAL_BATCH = 128
+
+
+class Launch(NamedTuple):
+    """One launch of a program: a value, so that what would run on a GPU can be compiled and looked at without one."""
+
+    program: Any
+    count: int
+    """How many times it runs."""
+    arguments: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+
+class Plan(NamedTuple):
+    """What products read of a topology beside its `UnitIndex`: the transposed list of units, and tiles of terms."""
+
+    starts: Tensor
+    """(columns of units + 1,) int64: where each column of units begins in transposed order."""
+    rows: Tensor
+    """(units,): the row of each unit, in transposed order, counted in units."""
+    order: Tensor
+    """(units,): where each unit in transposed order stands among the values."""
+    tile_rows: Tensor
+    """(tiles,) int32: the row of units of each tile; as many as there are rows where the tile is none."""
+    tile_numbers: Tensor
+    """(tiles,) int32: which tile of its row it is."""
+
+
+def unit_spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, transposed: bool, out: Tensor) -> None:
+    """As `reference.unit_spmm`; sums in float32, rounded once, in an order that does not vary."""
+    if not takes(x, index):
+        return reference.unit_spmm(x, values, bias, index, transposed, out)
+    return _run(x, products(x.t().contiguous(), values, bias, index, transposed, out))
+
+
+def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
+    """As `reference.unit_sddmm`; sums in float32, rounded once, in an order that does not vary."""
+    if not takes(x, index):
+        return reference.unit_sddmm(x, dy, index, out)
+    return _run(x, samples(x.t().contiguous(), dy.t().contiguous(), index, out))
+
+
+def takes(x: Tensor, index: UnitIndex) -> bool:
+    """Whether the programs multiply activations of this type by units of this size."""
+    return x.dtype in SUMS and max(index.outputs, index.inputs) <= _LARGEST
+
+
+def products(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, transposed: bool, out: Tensor
+) -> Iterator[Launch]:
+    """The launches of `unit_spmm`, in their order; x (features, batch), contiguous, out (batch, features) of any strides."""
+    if not out.numel():
+        return
+    if transposed and index.inputs < _DIRECT:
+        yield from _summed_partials(x, values, bias, index, out)
+        return
+    per, made, rows = index.inputs, index.outputs, index.starts.numel() - 1
+    starts, columns, order, steps = index.starts, index.columns, None, (made, 1)
+    if transposed:
+        plan = plan_of(index)
+        per, made, rows = made, per, plan.starts.numel() - 1
+        starts, columns, order, steps = plan.starts, plan.rows, plan.order, (1, per)
+    width, lanes = _power(made, 8), min(128, _power(x.shape[1], 32))
+    sizes = {
+        "PER": per,
+        "MADE": made,
+        "STEP_PER": steps[0],
+        "STEP_MADE": steps[1],
+        "TERMS": _depth(x),
+        "WIDTH": width,
+        "BATCH": lanes,
+    }
+    at = {"batch": x.shape[1], "rows": rows, "out_feature": out.stride(1), "out_batch": out.stride(0)}
+    tensors = {
+        "x": x,
+        "values": values,
+        "bias": bias,
+        "starts": starts,
+        "columns": columns,
+        "order": order,
+        "out": out,
+    }
+    arguments = {**tensors, **at, **sizes, **_arithmetic(x)}
+    yield Launch(gpu_programs.gathered, rows * _tiles(x.shape[1], lanes), arguments, warps=4 if width < 128 else 8)
+
+
+def samples(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> Iterator[Launch]:
+    """The launches of `unit_sddmm`; x (cols, batch) and dy (rows, batch), contiguous."""
+    if not index.units:
+        return
+    plan = plan_of(index)
+    tensors = {"x": x, "dy": dy, "starts": index.starts, "columns": index.columns}
+    tiles = {"tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers, "out": out}
+    at = {"batch": x.shape[1], "rows": index.starts.numel() - 1}
+    arguments = {**tensors, **tiles, **at, **_unit(index, 8), "BATCH": _depth(x), **_arithmetic(x)}
+    yield Launch(gpu_programs.sampled, plan.tile_rows.numel(), arguments)
+
+
+def _summed_partials(
+    dy: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, out: Tensor
+) -> Iterator[Launch]:
+    """out (batch, cols) = dy (rows, batch) times W: what each term adds, then the sum of each feature in its order."""
+    plan, arithmetic = plan_of(index), _arithmetic(dy)
+    terms, batch = index.units * index.inputs, dy.shape[1]
+    chunk = max(_PARTIAL_BATCH, _WORKSPACE // (4 * max(1, terms)) // _PARTIAL_BATCH * _PARTIAL_BATCH)
+    chunk = min(chunk, batch)
+    sums = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    partials = dy.new_empty(terms * chunk, dtype=sums)
+    shared = {"out_feature": out.stride(1), "out_batch": out.stride(0), "K": index.inputs, "SUM": arithmetic["SUM"]}
+    for begin in range(0, batch, chunk):
+        size = min(chunk, batch - begin)
+        tiles = plan.tile_rows.numel()
+        tensors = {"dy": dy, "values": values, "starts": index.starts, "out": partials}
+        at = {"batch": batch, "rows": index.starts.numel() - 1, "tiles": tiles, "begin": begin, "size": size}
+        made = {**tensors, "tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers, **at}
+        sizes = {**_unit(index, 16), "BATCH": _PARTIAL_BATCH, **arithmetic}
+        if terms:
+            yield Launch(gpu_programs.partial, tiles * _tiles(size, _PARTIAL_BATCH), {**made, **sizes})
+        added = {"partials": partials, "bias": bias, "starts": plan.starts, "order": plan.order, "out": out}
+        at = {"begin": begin, "size": size, "features": index.cols, "TERMS": 8, "BATCH": 256}
+        yield Launch(gpu_programs.summed, index.cols * _tiles(size, 256), {**added, **at, **shared})
+
+
+_plans = WeakTensorKeyDictionary()
+
+
+def plan_of(index: UnitIndex) -> Plan:
+    """The plan of an index, made on its device and kept as long as `index.columns` lives and nobody writes to it."""
+    key = (index.cols, index.outputs, index.inputs, _version(index.starts), _version(index.columns))
+    known = _plans.get(index.columns)
+    if known is None or known[0] is not index.starts or known[1] != key:
+        # `starts` is compared by identity, and so must live as long as what was made of it.
+        known = (index.starts, key, _plan(index))
+        _plans[index.columns] = known
+    found: Plan = known[2]
+    return found
+
+
+def _plan(index: UnitIndex) -> Plan:
+    rows = index.starts.numel() - 1
+    transposed = reference.transpose_index(index.starts, index.columns, index.cols // index.inputs)
+    # No more tiles than this: each row ends in one that is not full. Asking how many there are would wait for the GPU.
+    most = rows + index.units * index.inputs // _TERMS
+    ends = (index.starts.diff() * index.inputs + (_TERMS - 1)).div(_TERMS, rounding_mode="floor").cumsum(0)
+    tile = torch.arange(most, device=index.starts.device)
+    row = torch.searchsorted(ends, tile, right=True)
+    number = tile - torch.cat([ends.new_zeros(1), ends])[row]
+    return Plan(*transposed, row.int(), number.int())
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _run(x: Tensor, launches: Iterator[Launch]) -> None:
+    with torch.cuda.device_of(x):
+        for program, count, arguments, warps, stages in launches:
+            # Fusion is named, since its default differs between versions of Triton.
+            program[(count,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def _unit(index: UnitIndex, least: int) -> dict[str, int]:
+    return {"G": index.outputs, "K": index.inputs, "TERMS": _TERMS, "WIDTH": _power(index.outputs, least)}
+
+
+def _arithmetic(x: Tensor) -> dict[str, Any]:
+    """The type of sums; float32 is multiplied as torch's own products are told to."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"SUM": SUMS[x.dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def _depth(x: Tensor) -> int:
+    """What a tile sums at once: 128 bytes."""
+    return 128 // x.element_size()
+
+
+def _power(size: int, least: int) -> int:
+    """The next power of 2, and not less than `least`."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def _tiles(size: int, step: int) -> int:
+    return -(-size // step)
