@@ -9,6 +9,7 @@ Compiles every launch of a training step of a 4096 x 4096 layer with 8,192 token
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -30,9 +31,16 @@ from regrow.kernels import gpu, unit_index
 
 SIZE, TOKENS, DENSITY = 4096, 8192, 0.1
 UNITS = ((8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (16, 16), (32, 32), (64, 64), (128, 128))
-ARCHITECTURES = (80, 90)
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-WORDS = {**DTYPES, torch.int32: "i32", torch.int64: "i64"}
+FEW = ((64, 1), (32, 32))
+ARCHITECTURES = {80: 16, 90: 64}
+"""Rows that tensor cores take at once."""
+WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    "bfloat16": (torch.bfloat16, UNITS),
+    "float16": (torch.float16, FEW),
+    "float32": (torch.float32, FEW),
+    "float32 as tf32": (torch.float32, FEW),
+}
 RESULT = Path(__file__).parent / "results" / "gpu_compile.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Loads of one number a thread: what an index or a small tile may take, and the loops over activations must not.
@@ -59,18 +67,19 @@ class Report(NamedTuple):
     """Loads of one 16-bit number."""
 
 
-def launches(unit: tuple[int, int], dtype: torch.dtype, density: float = DENSITY) -> Iterator[tuple[str, gpu.Launch]]:
+def launches(unit: tuple[int, int], dtype: torch.dtype, architecture: int) -> Iterator[tuple[str, gpu.Launch]]:
     """The name and the value of each launch of a step; activations have no memory."""
     whole = Topology((SIZE, SIZE), unit=unit)
     draw = torch.Generator().manual_seed(0)
-    active = torch.randperm(whole.places, generator=draw)[: round(density * whole.places)].sort().values
+    active = torch.randperm(whole.places, generator=draw)[: round(DENSITY * whole.places)].sort().values
     index = unit_index(whole.at(active))
     meta = {"dtype": dtype, "device": "meta"}
     features, out = torch.empty(SIZE, TOKENS, **meta), torch.empty(SIZE, TOKENS, **meta).t()
-    values, bias = torch.empty(index.units, unit[1], unit[0], **meta), torch.empty(SIZE, **meta)
+    values = torch.empty(index.units, unit[1], unit[0], **meta)
+    at_once = ARCHITECTURES[architecture]
     for word, found in (
-        ("forward", gpu.products(features, values, bias, index, False, out)),
-        ("input gradient", gpu.products(features, values, None, index, True, out)),
+        ("forward", gpu.products(features, values, None, index, False, out, at_once)),
+        ("input gradient", gpu.products(features, values, None, index, True, out, at_once)),
         ("value gradient", gpu.samples(features, features, index, torch.empty_like(values))),
     ):
         seen = set()
@@ -102,7 +111,7 @@ def compiled(launch: gpu.Launch, architecture: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def report(name: str, unit: tuple[int, int], dtype: torch.dtype, architecture: int, kernel: Any) -> Report:
+def report(name: str, unit: tuple[int, int], dtype: str, architecture: int, kernel: Any) -> Report:
     """Read off the machine code."""
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -120,7 +129,7 @@ def report(name: str, unit: tuple[int, int], dtype: torch.dtype, architecture: i
     return Report(
         name,
         " x ".join(map(str, unit)),
-        str(dtype).removeprefix("torch."),
+        dtype,
         architecture,
         registers,
         stack,
@@ -132,22 +141,23 @@ def report(name: str, unit: tuple[int, int], dtype: torch.dtype, architecture: i
 
 
 def reports() -> list[Report]:
-    """All of them; float32 at one size of groups and one of blocks."""
+    """All of them."""
     found = []
-    for dtype in DTYPES:
-        for unit in UNITS if dtype == torch.bfloat16 else ((64, 1), (32, 32)):
-            for name, launch in launches(unit, dtype):
-                for architecture in ARCHITECTURES:
-                    kernel = compiled(launch, architecture)
-                    found.append(report(name, unit, dtype, architecture, kernel))
+    for word, (dtype, units) in TYPES.items():
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in word else "ieee"
+        for unit, architecture in itertools.product(units, ARCHITECTURES):
+            for name, launch in launches(unit, dtype, architecture):
+                found.append(report(name, unit, word, architecture, compiled(launch, architecture)))
     return found
 
 
 def table(found: list[Report]) -> str:
     """Markdown."""
-    heads = "| program | unit | type | sm | registers | stack bytes | shared bytes | products | copies of 16 | loads of 2 |"
+    heads = (
+        "| program | unit | type | sm | registers | stack bytes | shared bytes | products | copies of 16 | loads of 2 |"
+    )
     lines = ["| " + " | ".join(map(str, line)) + " |" for line in found]
-    return "\n".join([heads, "|" + " --- |" * len(Report._fields), *lines])
+    return "\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(Report._fields), *lines])
 
 
 @click.command(help=__doc__)
@@ -159,7 +169,8 @@ def main(save: bool, as_json: bool) -> None:
     print(json.dumps([line._asdict() for line in found]) if as_json else table(found))
     if save:
         versions = f"triton {triton.__version__}, torch {torch.__version__}, python {sys.version.split()[0]}"
-        about = f"{SIZE} x {SIZE}, {TOKENS:,} tokens, {100 * DENSITY:g} % of the units active. Compiled, not run: {versions}."
+        layer = f"{SIZE} x {SIZE}, {TOKENS:,} tokens, {100 * DENSITY:g} % of the units active"
+        about = f"A training step of a layer of {layer}. Compiled, not run, by {versions}."
         RESULT.write_text(f"`python benchmarks/gpu_compile.py --save`\n\n{about}\n\n{table(found)}\n")
 
 

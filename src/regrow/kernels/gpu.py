@@ -6,7 +6,7 @@ run on the reference, on the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,34 +15,46 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.kernels import gpu_programs, reference
-from regrow.kernels.reference import conv as conv
-from regrow.kernels.reference import conv_input_gradient as conv_input_gradient
-from regrow.kernels.reference import conv_value_gradient as conv_value_gradient
-from regrow.kernels.reference import sddmm as sddmm
-from regrow.kernels.reference import spmm as spmm
-from regrow.kernels.reference import transpose_index as transpose_index
+from regrow.kernels.reference import (
+    conv,
+    conv_input_gradient,
+    conv_value_gradient,
+    sddmm,
+    spmm,
+    transpose_index,
+)
 from regrow.kernels.units import UnitIndex
+
+__all__ = [
+    "conv",
+    "conv_input_gradient",
+    "conv_value_gradient",
+    "sddmm",
+    "spmm",
+    "transpose_index",
+    "unit_sddmm",
+    "unit_spmm",
+]
 
 SUMS = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32}
 """The types that the programs take, and the type in which each is summed."""
 
 _LARGEST = 128
-"""Rows or columns of a unit that one program makes."""
+"""Outputs or inputs of a unit that one program makes."""
 _DIRECT = 16
-"""Columns of a unit from which on the input gradient is one gathered product: below, most of each tile would be idle."""
+"""Inputs of a unit from which on the input gradient is a gathered product; with fewer, most of a tile would be idle."""
 _WORKSPACE = 1 << 27
 """Bytes of what terms add to an input gradient that are held at once."""
 _TERMS = 64
 """Terms of one tile of `sampled` and `partial`: what a warp group multiplies at once."""
-_PARTIAL_BATCH = 128
 
 
 class Launch(NamedTuple):
     """One launch of a program: a value, so that what would run on a GPU can be compiled and looked at without one."""
 
     program: Any
-    count: int
-    """How many times it runs."""
+    instances: int
+    """How many of it run."""
     arguments: dict[str, Any]
     warps: int = 4
     stages: int = 3
@@ -67,7 +79,7 @@ def unit_spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, 
     """As `reference.unit_spmm`; sums in float32, rounded once, in an order that does not vary."""
     if not takes(x, index):
         return reference.unit_spmm(x, values, bias, index, transposed, out)
-    return _run(x, products(x.t().contiguous(), values, bias, index, transposed, out))
+    return _run(x, products(x.t().contiguous(), values, bias, index, transposed, out, at_once(x)))
 
 
 def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
@@ -82,43 +94,45 @@ def takes(x: Tensor, index: UnitIndex) -> bool:
     return x.dtype in SUMS and max(index.outputs, index.inputs) <= _LARGEST
 
 
+def at_once(x: Tensor) -> int:
+    """Rows that the tensor cores of the device of x take at once: 64 from Hopper on, 16 before."""
+    return 16 if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9 else 64
+
+
 def products(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, transposed: bool, out: Tensor
+    x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, transposed: bool, out: Tensor, rows_at_once: int
 ) -> Iterator[Launch]:
-    """The launches of `unit_spmm`, in their order; x (features, batch), contiguous, out (batch, features) of any strides."""
+    """The launches of `unit_spmm`, in their order.
+
+    Args:
+        x: (features, batch), contiguous; otherwise as for `unit_spmm`.
+        values: (capacity, inputs, outputs), contiguous.
+        bias: (features of out,) or None.
+        index: of W.
+        transposed: multiply by W instead of W^T.
+        out: (batch, features), of any strides.
+        rows_at_once: what `at_once` says.
+    """
     if not out.numel():
         return
     if transposed and index.inputs < _DIRECT:
         yield from _summed_partials(x, values, bias, index, out)
         return
-    per, made, rows = index.inputs, index.outputs, index.starts.numel() - 1
-    starts, columns, order, steps = index.starts, index.columns, None, (made, 1)
     if transposed:
         plan = plan_of(index)
-        per, made, rows = made, per, plan.starts.numel() - 1
-        starts, columns, order, steps = plan.starts, plan.rows, plan.order, (1, per)
-    width, lanes = _power(made, 8), min(128, _power(x.shape[1], 32))
-    sizes = {
-        "PER": per,
-        "MADE": made,
-        "STEP_PER": steps[0],
-        "STEP_MADE": steps[1],
-        "TERMS": _depth(x),
-        "WIDTH": width,
-        "BATCH": lanes,
-    }
-    at = {"batch": x.shape[1], "rows": rows, "out_feature": out.stride(1), "out_batch": out.stride(0)}
-    tensors = {
-        "x": x,
-        "values": values,
-        "bias": bias,
-        "starts": starts,
-        "columns": columns,
-        "order": order,
-        "out": out,
-    }
-    arguments = {**tensors, **at, **sizes, **_arithmetic(x)}
-    yield Launch(gpu_programs.gathered, rows * _tiles(x.shape[1], lanes), arguments, warps=4 if width < 128 else 8)
+        lists = {"starts": plan.starts, "columns": plan.rows, "order": plan.order}
+        sizes = {"PER": index.outputs, "MADE": index.inputs, "STEP_PER": 1, "STEP_MADE": index.outputs}
+    else:
+        lists = {"starts": index.starts, "columns": index.columns}
+        sizes = {"PER": index.inputs, "MADE": index.outputs, "STEP_PER": index.outputs, "STEP_MADE": 1}
+    batch, rows = x.shape[1], lists["starts"].numel() - 1
+    # Tensor cores take 8 of the second axis at once. What comes first is as many outputs as they take, or else batch.
+    width, lanes = _power(sizes["MADE"], 8 if rows_at_once > 16 else 16), min(_lanes(x), _power(batch, 32))
+    tile = {"TERMS": _depth(x), "WIDTH": width, "BATCH": lanes, "OUTPUTS_FIRST": width >= rows_at_once}
+    at = {"batch": batch, "rows": rows, "out_feature": out.stride(1), "out_batch": out.stride(0)}
+    tensors = {"x": x, "values": values, "bias": bias, "order": None, **lists, "out": out}
+    arguments = {**tensors, **at, **sizes, **tile, **_arithmetic(x)}
+    yield Launch(gpu_programs.gathered, rows * _tiles(batch, lanes), arguments, warps=4 if width < 128 else 8)
 
 
 def samples(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> Iterator[Launch]:
@@ -129,7 +143,15 @@ def samples(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> Iterator[La
     tensors = {"x": x, "dy": dy, "starts": index.starts, "columns": index.columns}
     tiles = {"tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers, "out": out}
     at = {"batch": x.shape[1], "rows": index.starts.numel() - 1}
-    arguments = {**tensors, **tiles, **at, **_unit(index, 8), "BATCH": _depth(x), **_arithmetic(x)}
+    arguments = {
+        **tensors,
+        **tiles,
+        **at,
+        **_unit(index),
+        "WIDTH": _power(index.outputs, 8),
+        "BATCH": _depth(x),
+        **_arithmetic(x),
+    }
     yield Launch(gpu_programs.sampled, plan.tile_rows.numel(), arguments)
 
 
@@ -138,27 +160,23 @@ def _summed_partials(
 ) -> Iterator[Launch]:
     """out (batch, cols) = dy (rows, batch) times W: what each term adds, then the sum of each feature in its order."""
     plan, arithmetic = plan_of(index), _arithmetic(dy)
-    terms, batch = index.units * index.inputs, dy.shape[1]
-    chunk = max(_PARTIAL_BATCH, _WORKSPACE // (4 * max(1, terms)) // _PARTIAL_BATCH * _PARTIAL_BATCH)
-    chunk = min(chunk, batch)
-    sums = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    partials = dy.new_empty(terms * chunk, dtype=sums)
-    shared = {"out_feature": out.stride(1), "out_batch": out.stride(0), "K": index.inputs, "SUM": arithmetic["SUM"]}
+    terms, tiles, lanes, batch = index.units * index.inputs, plan.tile_rows.numel(), _lanes(dy), dy.shape[1]
+    chunk = min(batch, max(1, _WORKSPACE // (4 * lanes * max(1, terms))) * lanes)
+    partials = dy.new_empty(terms * chunk, dtype=torch.promote_types(dy.dtype, torch.float32))
+    made: dict[str, Any] = {"dy": dy, "values": values, "starts": index.starts, "out": partials, "batch": batch}
+    made |= {"tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers, "tiles": tiles, **_unit(index)}
+    made |= {"WIDTH": min(_depth(dy), _power(index.outputs, 16)), "BATCH": lanes, **arithmetic}
+    added: dict[str, Any] = {"partials": partials, "bias": bias, "starts": plan.starts, "order": plan.order, "out": out}
+    added |= {"features": index.cols, "out_feature": out.stride(1), "out_batch": out.stride(0)}
+    added |= {"K": index.inputs, "TERMS": 8, "BATCH": 256, "SUM": arithmetic["SUM"]}
     for begin in range(0, batch, chunk):
-        size = min(chunk, batch - begin)
-        tiles = plan.tile_rows.numel()
-        tensors = {"dy": dy, "values": values, "starts": index.starts, "out": partials}
-        at = {"batch": batch, "rows": index.starts.numel() - 1, "tiles": tiles, "begin": begin, "size": size}
-        made = {**tensors, "tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers, **at}
-        sizes = {**_unit(index, 16), "BATCH": _PARTIAL_BATCH, **arithmetic}
+        part = {"begin": begin, "size": min(chunk, batch - begin)}
         if terms:
-            yield Launch(gpu_programs.partial, tiles * _tiles(size, _PARTIAL_BATCH), {**made, **sizes})
-        added = {"partials": partials, "bias": bias, "starts": plan.starts, "order": plan.order, "out": out}
-        at = {"begin": begin, "size": size, "features": index.cols, "TERMS": 8, "BATCH": 256}
-        yield Launch(gpu_programs.summed, index.cols * _tiles(size, 256), {**added, **at, **shared})
+            yield Launch(gpu_programs.partial, tiles * _tiles(part["size"], lanes), made | part)
+        yield Launch(gpu_programs.summed, index.cols * _tiles(part["size"], 256), added | part)
 
 
-_plans = WeakTensorKeyDictionary()
+_plans: MutableMapping[Tensor, tuple[Tensor, tuple[int, ...], Plan]] = WeakTensorKeyDictionary()
 
 
 def plan_of(index: UnitIndex) -> Plan:
@@ -169,8 +187,7 @@ def plan_of(index: UnitIndex) -> Plan:
         # `starts` is compared by identity, and so must live as long as what was made of it.
         known = (index.starts, key, _plan(index))
         _plans[index.columns] = known
-    found: Plan = known[2]
-    return found
+    return known[2]
 
 
 def _plan(index: UnitIndex) -> Plan:
@@ -191,14 +208,15 @@ def _version(tensor: Tensor) -> int:
 
 
 def _run(x: Tensor, launches: Iterator[Launch]) -> None:
-    with torch.cuda.device_of(x):
-        for program, count, arguments, warps, stages in launches:
+    # Of a tensor on the CPU, where Triton interprets the programs, the number is -1, which changes nothing.
+    with torch.cuda.device(x.get_device()):
+        for program, instances, arguments, warps, stages in launches:
             # Fusion is named, since its default differs between versions of Triton.
-            program[(count,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+            program[(instances,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
-def _unit(index: UnitIndex, least: int) -> dict[str, int]:
-    return {"G": index.outputs, "K": index.inputs, "TERMS": _TERMS, "WIDTH": _power(index.outputs, least)}
+def _unit(index: UnitIndex) -> dict[str, int]:
+    return {"rows": index.starts.numel() - 1, "G": index.outputs, "K": index.inputs, "TERMS": _TERMS}
 
 
 def _arithmetic(x: Tensor) -> dict[str, Any]:
@@ -210,6 +228,11 @@ def _arithmetic(x: Tensor) -> dict[str, Any]:
 def _depth(x: Tensor) -> int:
     """What a tile sums at once: 128 bytes."""
     return 128 // x.element_size()
+
+
+def _lanes(x: Tensor) -> int:
+    """How much of the batch a tile makes at once: 256 bytes."""
+    return 256 // x.element_size()
 
 
 def _power(size: int, least: int) -> int:

@@ -1,9 +1,9 @@
 """The programs that `gpu` launches, in Triton: products with weights made of units, on tensor cores.
 
-Activations are feature-major: (features, batch), contiguous. The entries of a unit stand with its outputs fastest, so a
-row of units is one matrix (its inputs, outputs), contiguous. What a row sums over, here called terms, is all inputs of all
-its units; each term names a row of the activations, which is read whole from there. A program owns what it writes, and
-sums in the order of the terms: the same numbers come out every time.
+Activations are feature-major: (features, batch), contiguous. The entries of a unit stand with its outputs fastest, so
+a row of units is one matrix (inputs of its units, outputs), contiguous. Each of its inputs is a term of the sums: it
+names a row of the activations, which is read whole from there. No two programs write to one place, and each sums in the
+order of the terms: the same numbers come out every time.
 
 Sizes in capitals are known when a program is compiled: G outputs and K inputs of a unit, the powers of 2 of a tile's
 terms (TERMS), outputs (WIDTH) and batch (BATCH), the type of sums (SUM), and how float32 is multiplied (PRECISION).
@@ -37,11 +37,12 @@ def gathered(
     BATCH: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
+    OUTPUTS_FIRST: tl.constexpr,
 ) -> None:
-    """out[row MADE + m, b] = bias + the sum over units u of the row and p < PER of value(u, p, m) x[column(u) PER + p, b].
+    """out[row MADE + m, b] = bias + the sum over units u of a row and p < PER of v(u, p, m) x[column(u) PER + p, b].
 
     Forward, PER is K and MADE is G; for the input gradient they change places, `starts` and `columns` are those of the
-    transposed weight, and `order` says where its units stand. value(u, p, m) lies STEP_PER p + STEP_MADE m into unit u.
+    transposed weight, and `order` says where its units stand. v(u, p, m) lies STEP_PER p + STEP_MADE m into unit u.
     """
     program = tl.program_id(0)
     row = program % rows
@@ -49,7 +50,7 @@ def gathered(
     made = tl.arange(0, WIDTH)
     first = tl.load(starts + row)
     terms = ((tl.load(starts + row + 1) - first) * PER).to(tl.int32)
-    sums = tl.zeros((BATCH, WIDTH), dtype=SUM)
+    sums = tl.zeros((WIDTH, BATCH) if OUTPUTS_FIRST else (BATCH, WIDTH), dtype=SUM)
     for begin in range(0, terms, TERMS):
         term = begin + tl.arange(0, TERMS)
         there = term < terms
@@ -64,12 +65,16 @@ def gathered(
         weights = tl.load(
             values + at[:, None] + made[None, :] * STEP_MADE, mask=there[:, None] & (made < MADE)[None, :], other=0.0
         )
-        sums = tl.dot(tl.trans(inputs), weights, sums, input_precision=PRECISION, out_dtype=SUM)
+        if OUTPUTS_FIRST:
+            sums = tl.dot(tl.trans(weights), inputs, sums, input_precision=PRECISION, out_dtype=SUM)
+        else:
+            sums = tl.dot(tl.trans(inputs), weights, sums, input_precision=PRECISION, out_dtype=SUM)
+    sums = sums if OUTPUTS_FIRST else tl.trans(sums)
     feature = row * MADE + made
     if bias is not None:
-        sums += tl.load(bias + feature, mask=made < MADE, other=0.0).to(SUM)[None, :]
-    at_out = feature.to(tl.int64)[None, :] * out_feature + lanes.to(tl.int64)[:, None] * out_batch
-    tl.store(out + at_out, sums.to(out.dtype.element_ty), mask=(made < MADE)[None, :] & (lanes < batch)[:, None])
+        sums += tl.load(bias + feature, mask=made < MADE, other=0.0).to(SUM)[:, None]
+    at_out = feature.to(tl.int64)[:, None] * out_feature + lanes.to(tl.int64)[None, :] * out_batch
+    tl.store(out + at_out, sums.to(out.dtype.element_ty), mask=(made < MADE)[:, None] & (lanes < batch)[None, :])
 
 
 @triton.jit
@@ -140,7 +145,7 @@ def partial(
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """out[term, b] = the sum over g of value(term, g) dy[row(term) G + g, begin + b], b < size, for the terms of a tile.
+    """out[term, b] = the sum over g of v(term, g) dy[row(term) G + g, begin + b], b < size, for the terms of a tile.
 
     What each term adds to the gradient of its feature, before what belongs to one feature is summed.
     """
@@ -155,14 +160,18 @@ def partial(
     there = term < terms
     at = first * K + term
     lanes = (program // tiles) * BATCH + tl.arange(0, BATCH)
-    made = tl.arange(0, WIDTH)
-    weights = tl.load(values + at[:, None] * G + made[None, :], mask=there[:, None] & (made < G)[None, :], other=0.0)
-    grads = tl.load(
-        dy + (row * G + made)[:, None] * batch + begin + lanes[None, :],
-        mask=(made < G)[:, None] & (lanes < size)[None, :],
-        other=0.0,
-    )
-    sums = tl.dot(weights, grads, input_precision=PRECISION, out_dtype=SUM)
+    sums = tl.zeros((TERMS, BATCH), dtype=SUM)
+    for output in range(0, G, WIDTH):
+        made = output + tl.arange(0, WIDTH)
+        weights = tl.load(
+            values + at[:, None] * G + made[None, :], mask=there[:, None] & (made < G)[None, :], other=0.0
+        )
+        grads = tl.load(
+            dy + (row * G + made)[:, None] * batch + begin + lanes[None, :],
+            mask=(made < G)[:, None] & (lanes < size)[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(weights, grads, sums, input_precision=PRECISION, out_dtype=SUM)
     tl.store(out + at[:, None] * size + lanes[None, :], sums, mask=there[:, None] & (lanes < size)[None, :])
 
 
