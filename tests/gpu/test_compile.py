@@ -23,9 +23,8 @@ def run(*command: str, **environment: str) -> str:
     """What a benchmark prints, by itself: Triton decides when it is loaded whether it interprets or compiles."""
     path = os.pathsep.join([str(BENCHMARKS.parent / "src"), *filter(None, sys.path)])
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command], env={**clean, "PYTHONPATH": path, **environment}, capture_output=True, text=True
-    )
+    environment = {**clean, "PYTHONPATH": path, **environment}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -65,3 +64,12 @@ def test_activations_come_in_16_bytes_at_a_time_while_others_are_multiplied(
         assert report["scalars"] == 0, report
         # What adds to an input gradient is one short product where 64 outputs or fewer are a tile.
         assert report["copies"] >= 8 or ":" in report["program"], report
+
+
+def test_the_benchmark_for_a_card_runs_in_the_interpreter():
+    told = run(str(BENCHMARKS / "gpu.py"), "--tiny", "--rounds", "2", TRITON_INTERPRET="1")
+    assert "On Triton's interpreter." in told
+    assert told.count("| dense | 1.00 (1.00 to 1.00) |") == 2
+    for name in ("16 x 1 | torch.float16", "32 x 32, feature-major", "groups of 8", "blocks of 16 x 16"):
+        assert f"\n| {name} |" in told
+    assert "torch 2:4: not timed, Could not run" in told

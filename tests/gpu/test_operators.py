@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -121,3 +122,11 @@ def test_a_training_is_that_of_the_reference(structure: Any, monkeypatch: pytest
         assert {n: t.positions.tolist() for n, t in topologies.items()} == {
             n: t.positions.tolist() for n, t in expected.items()
         }
+
+
+def test_the_programs_stand_in_for_the_whole_reference():
+    """What an operator may ask for is there, with the same parameters."""
+    public = {name: f for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
+    assert set(public) == set(gpu.__all__)
+    for name, function in public.items():
+        assert inspect.signature(getattr(gpu, name)) == inspect.signature(function)
