@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import regrow
 from regrow import Topology, kernels, methods
 from regrow.kernels import UnitIndex, layout, reference
+from regrow.nn import SparseLinear
 from regrow.parts import blocks, groups
 from support.units import Unit, unit_index
 
@@ -77,6 +78,29 @@ def test_activations_are_converted_once_and_come_in_the_layout_they_had(unit: Un
     assert len(seen) == 6
     assert all(layout.is_feature_major(t) for t in (x, dy))
     assert (x.data_ptr(), dy.data_ptr()) == (same_x.data_ptr(), same_dy.data_ptr())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_topology_has_one_plan_until_it_is_rewired(compiled: bool, monkeypatch: pytest.MonkeyPatch):
+    """The same tensors reach the programs in every step, so that what follows from them is made once."""
+    made, plan = [], gpu._plan
+    monkeypatch.setattr(gpu, "_plan", lambda index: (made.append(index), plan(index))[1])
+    layer = sparse_layer([1, 2, 4])
+    forward = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    for _ in range(3):
+        forward(leaf(2, 3, dtype=torch.float32)).sum().backward()
+    assert len(made) == 1
+    layer.rewire("weight", Topology((16, 3), torch.tensor([0, 3, 5]), (8, 1)))
+    x = leaf(2, 3, dtype=torch.float32)
+    forward(x).sum().backward()
+    assert len(made) == 2
+    torch.testing.assert_close(x.grad, layer.to_dense().weight.sum(0).expand(2, 3))
+
+
+def sparse_layer(places: list[int]) -> SparseLinear:
+    topology = Topology((16, 3), torch.tensor(places), (8, 1))
+    values = nn.Parameter(torch.randn(topology.nnz, device=DEVICE))
+    return SparseLinear.adopt(nn.Linear(3, 16, bias=False, device=DEVICE), {"weight": (values, topology)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -126,8 +126,8 @@ def products(
         lists = {"starts": index.starts, "columns": index.columns}
         sizes = {"PER": index.inputs, "MADE": index.outputs, "STEP_PER": index.outputs, "STEP_MADE": 1}
     batch, rows = x.shape[1], lists["starts"].numel() - 1
-    # Tensor cores take 8 of the second axis at once. What comes first is as many outputs as they take, or else batch.
-    width, lanes = _power(sizes["MADE"], 8 if rows_at_once > 16 else 16), min(_lanes(x), _power(batch, 32))
+    # The rows of a product are outputs where there are as many as tensor cores take at once, else batch.
+    width, lanes = _power(sizes["MADE"]), min(_lanes(x), _power(batch))
     tile = {"TERMS": _depth(x), "WIDTH": width, "BATCH": lanes, "OUTPUTS_FIRST": width >= rows_at_once}
     at = {"batch": batch, "rows": rows, "out_feature": out.stride(1), "out_batch": out.stride(0)}
     tensors = {"x": x, "values": values, "bias": bias, "order": None, **lists, "out": out}
@@ -140,18 +140,10 @@ def samples(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> Iterator[La
     if not index.units:
         return
     plan = plan_of(index)
-    tensors = {"x": x, "dy": dy, "starts": index.starts, "columns": index.columns}
-    tiles = {"tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers, "out": out}
-    at = {"batch": x.shape[1], "rows": index.starts.numel() - 1}
-    arguments = {
-        **tensors,
-        **tiles,
-        **at,
-        **_unit(index),
-        "WIDTH": _power(index.outputs, 8),
-        "BATCH": _depth(x),
-        **_arithmetic(x),
-    }
+    tensors = {"x": x, "dy": dy, "starts": index.starts, "columns": index.columns, "out": out}
+    tiles = {"tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers}
+    sizes = _unit(index) | {"batch": x.shape[1], "WIDTH": _power(index.outputs), "BATCH": _depth(x)}
+    arguments = {**tensors, **tiles, **sizes, **_arithmetic(x)}
     yield Launch(gpu_programs.sampled, plan.tile_rows.numel(), arguments)
 
 
@@ -165,7 +157,7 @@ def _summed_partials(
     partials = dy.new_empty(terms * chunk, dtype=torch.promote_types(dy.dtype, torch.float32))
     made: dict[str, Any] = {"dy": dy, "values": values, "starts": index.starts, "out": partials, "batch": batch}
     made |= {"tile_rows": plan.tile_rows, "tile_numbers": plan.tile_numbers, "tiles": tiles, **_unit(index)}
-    made |= {"WIDTH": min(_depth(dy), _power(index.outputs, 16)), "BATCH": lanes, **arithmetic}
+    made |= {"WIDTH": min(_depth(dy), _power(index.outputs)), "BATCH": lanes, **arithmetic}
     added: dict[str, Any] = {"partials": partials, "bias": bias, "starts": plan.starts, "order": plan.order, "out": out}
     added |= {"features": index.cols, "out_feature": out.stride(1), "out_batch": out.stride(0)}
     added |= {"K": index.inputs, "TERMS": 8, "BATCH": 256, "SUM": arithmetic["SUM"]}
@@ -235,9 +227,9 @@ def _lanes(x: Tensor) -> int:
     return 256 // x.element_size()
 
 
-def _power(size: int, least: int) -> int:
-    """The next power of 2, and not less than `least`."""
-    return max(least, 1 << max(0, size - 1).bit_length())
+def _power(size: int) -> int:
+    """The next power of 2, at least 16: with less, some versions of Triton leave the tensor cores aside."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _tiles(size: int, step: int) -> int:
