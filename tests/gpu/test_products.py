@@ -6,6 +6,9 @@ Tensors lie between NaN and indices between wild numbers, since the interpreter 
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from regrow import Topology
 from regrow.kernels import UnitIndex, reference
+from support.edges import at_edge
 from support.units import Unit, unit_index
 
 WHY = "Triton is an extra: make test-gpu installs it"
@@ -144,6 +148,30 @@ def test_what_an_input_gradient_holds_at_once_changes_nothing(monkeypatch: pytes
     assert torch.equal(outs[0][1], outs[1][1]) and torch.equal(outs[0][1], outs[2][1])
 
 
+@pytest.mark.parametrize("unit", [Unit(8), Unit(16, 16), Unit(64, 2)], ids=str)
+def test_a_nan_reaches_what_reads_it_and_nothing_else(unit: Unit):
+    w = Weight(unit, (4, 9), 0.4, torch.float32)
+    for transposed, reads in ((False, w.dense.t()), (True, w.dense)):
+        features, others = reads.shape
+        for feature in (0, features - 1):
+            x = torch.randn(features, 5, device=DEVICE)
+            x[feature, 2] = torch.nan
+            out = torch.empty(5, others, device=DEVICE)
+            gpu.unit_spmm(x.t(), w.values, None, w.index, transposed, out)
+            met = torch.zeros(5, others, dtype=torch.bool, device=DEVICE)
+            met[2] = reads[feature] != 0
+            assert torch.equal(out.isnan(), met)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="pages are protected on the CPU")
+def test_no_memory_beyond_the_operands_is_touched():
+    """Also not where it would change no result: every operand begins or ends at a page that must not be touched."""
+    path = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 @pytest.mark.parametrize("unit", [Unit(8), Unit(16, 16)], ids=str)
 def test_batch_major_operands_and_no_batch_at_all(unit: Unit):
     w = Weight(unit, (4, 9), 0.4, torch.float32)
@@ -198,12 +226,14 @@ def test_a_plan_lives_as_long_as_its_index_and_until_somebody_writes_to_it():
     w = Weight(Unit(8), (4, 9), 0.4, torch.float32)
     plan = gpu.plan_of(w.index)
     assert gpu.plan_of(w.index) is plan
-    assert gpu.plan_of(w.index._replace(starts=w.index.starts.clone())) is not plan
+    others = w.index._replace(starts=w.index.starts.clone().add_(0))
+    assert others.starts._version == w.index.starts._version
+    assert gpu.plan_of(others) is not plan
     plan = gpu.plan_of(w.index)
     w.index.columns.copy_(w.index.columns)
     assert gpu.plan_of(w.index) is not plan
     order = weakref.ref(gpu.plan_of(w.index).order)
-    del plan, w
+    del plan, w, others
     gc.collect()
     assert order() is None
 
@@ -225,3 +255,12 @@ def test_float32_is_multiplied_as_torch_is_told_to(word: str):
     finally:
         matmul.fp32_precision = before
     assert launch.arguments["PRECISION"] == word
+
+
+if __name__ == "__main__":
+    within, is_alone, plan = lambda tensor, around: at_edge(tensor), lambda tensor: True, gpu._plan
+    gpu._plan = lambda index: gpu.Plan(*map(at_edge, plan(index)))
+    for size in (Unit(8), Unit(12, 3), Unit(16, 16), Unit(64)):
+        for number in (33, 130):
+            check_products(Weight(size, (4, 9), 0.4, torch.float32), number, number % 2 == 0, bias=True)
+    print("done")
