@@ -153,9 +153,9 @@ def check(sizes: Sizes) -> str:
     )
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Of one run, the mean of `repeats` in a row."""
-    if not torch.cuda.is_available():
+def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Of one run, the mean of `repeats` in a row on a card."""
+    if device == "cpu":
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
@@ -168,12 +168,12 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return first.elapsed_time(last) / 1e3 / repeats
 
 
-def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, repeats: int) -> Rounds:
+def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, device: str, repeats: int) -> Rounds:
     """Every candidate in every round, after two that compile and settle."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name, run in runs.items():
-            taken = seconds(run, repeats)
+            taken = seconds(run, device, repeats)
             if number >= 2:
                 samples[name].append(taken)
     return Rounds(samples)
@@ -212,7 +212,7 @@ def layer_table(sizes: Sizes, density: float, rounds: int) -> str:
         runs[f"{name}, feature-major"] = partial(step, layer, x.t().contiguous().t(), dy.t().contiguous().t())
     for name in runs:
         flops[name] = 6 * tokens * size**2 * (1.0 if name == "dense" else 0.5 if "2:4" in name else density)
-    table = timing.table(interleave(runs, rounds, sizes.repeats), ["dense"], flops)
+    table = timing.table(interleave(runs, rounds, sizes.device, sizes.repeats), ["dense"], flops)
     head = f"{size} x {size}, {tokens:,} tokens, density {100 * density:g} %, {sizes.dtype}, a training step"
     return "\n\n".join([f"{head}; GFLOP/s count active entries:", table, *notes])
 
@@ -260,11 +260,11 @@ def model_table(sizes: Sizes, density: float, rounds: int) -> str:
     """Time and memory of whole training steps, one model after the other, since together they would not fit."""
     samples, memory = {}, []
     for name, run in trainings(sizes, density):
-        if torch.cuda.is_available():
+        if sizes.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        samples[name] = interleave({name: run}, rounds, 1).seconds[name]
-        if torch.cuda.is_available():
+        samples[name] = interleave({name: run}, rounds, sizes.device, 1).seconds[name]
+        if sizes.device == "cuda":
             memory.append(f"{name}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
     head = f"A transformer of width {sizes.width}, {sizes.depth} blocks, {sizes.batch} x {sizes.context} tokens"
     about = f"{head}, density {100 * density:g} %, a training step with RigL and AdamW"
