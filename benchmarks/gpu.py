@@ -266,6 +266,7 @@ def model_table(sizes: Sizes, density: float, rounds: int) -> str:
         samples[name] = interleave({name: run}, rounds, sizes.device, 1).seconds[name]
         if sizes.device == "cuda":
             memory.append(f"{name}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
+        del run  # which holds the model, while the next one is made
     head = f"A transformer of width {sizes.width}, {sizes.depth} blocks, {sizes.batch} x {sizes.context} tokens"
     about = f"{head}, density {100 * density:g} %, a training step with RigL and AdamW"
     return "\n\n".join([f"{about}:", timing.table(Rounds(samples), ["dense"]), ", ".join(memory)]).rstrip()
