@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+# Doctests import every module, and these need an extra.
+collect_ignore = [] if find_spec("triton") else [f"src/regrow/kernels/{name}.py" for name in ("gpu", "gpu_programs")]
 
 
 def enter(namespace: dict[str, Any]) -> None:

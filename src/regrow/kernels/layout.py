@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+import os
 from collections.abc import Callable
 from types import ModuleType
 
@@ -18,10 +22,30 @@ ENTRIES = ", ".join(f"Tensor {field}" for field in Index._fields)
 UNITS = "Tensor starts, Tensor columns, SymInt cols, SymInt outputs, SymInt inputs"
 """The fields of a `UnitIndex` as arguments of an operator."""
 
+_log = logging.getLogger("regrow")
+
 
 def kernels(*tensors: Tensor) -> ModuleType:
-    """The compiled kernels where they take these tensors, else the reference."""
+    """Those for GPUs or the compiled ones, where they are there and take these tensors, else the reference."""
+    if tensors[0].is_cuda:
+        return on_gpu()
     return native if native.runs_on(*tensors) else reference
+
+
+@functools.cache
+def on_gpu() -> ModuleType:
+    """The Triton programs on NVIDIA GPUs; the reference without Triton, elsewhere, and where REGROW_ISA says so."""
+    if os.environ.get("REGROW_ISA") == "reference" or torch.version.cuda is None:
+        return reference
+    try:
+        return importlib.import_module("regrow.kernels.gpu")
+    except ImportError as error:
+        _log.warning(
+            "sparse layers on the GPU run on the slow reference in plain torch, since Triton cannot be imported (%s): "
+            "install it with pip install triton",
+            error,
+        )
+        return reference
 
 
 def cast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -44,6 +68,11 @@ def flat(x: Tensor) -> Tensor:
     """x (..., features) as (batch, features), with one of both strides 1."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def for_units(x: Tensor) -> Tensor:
+    """x (batch, features) as products with units read it: feature-major on a GPU, converted once for all of a step."""
+    return x.t().contiguous().t() if x.is_cuda else x
 
 
 def whole(bias: Tensor | None) -> Tensor | None:

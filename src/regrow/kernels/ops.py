@@ -73,8 +73,12 @@ def linear(
         raise ValueError(f"the input has {x.shape[-1]:,} features, the sparse weight takes {expected:,}")
     x, values, bias = layout.cast(x, values, bias)
     flat = layout.flat(x)
-    product = unit_ops.unit_spmm if isinstance(index, UnitIndex) else _spmm
-    y: Tensor = product(flat, values, bias, transposed, layout.is_feature_major(flat), keep, *index)
+    feature_major = layout.is_feature_major(flat)
+    y: Tensor
+    if isinstance(index, UnitIndex):
+        y = unit_ops.unit_spmm(layout.for_units(flat), values, bias, transposed, feature_major, keep, *index)
+    else:
+        y = _spmm(flat, values, bias, transposed, feature_major, keep, *index)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 

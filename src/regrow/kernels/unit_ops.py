@@ -60,7 +60,7 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     at = (*tensors, *ctx.sizes)
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dx = dvalues = None
-    dy = layout.flat(grad)
+    dy = layout.for_units(layout.flat(grad))
     if need_x:
         # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
         dx = unit_spmm(dy, values, None, not ctx.transposed, layout.is_feature_major(x), ctx.keep, *at)
