@@ -1,0 +1,138 @@
+"""Rules of attention: heads are units of queries, keys and scores; features of values are units of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from regrow.compaction.edit import argument
+from regrow.compaction.flow import Flow, Rule, Value, fill, name_of, varies
+from regrow.compaction.plan import Plan
+
+aten = torch.ops.aten
+
+
+class MatMul(Rule):
+    """A product (..., n, k) x (..., k, m) of two tensors that both depend on inputs.
+
+    Where features run along k (queries by keys), all of a matrix is one unit. Where they run along m alone (weights by
+    values), they go on, and a matrix of weights goes if all values do that it weighs.
+    """
+
+    def forward(self, flow: Flow, node: fx.Node, out: Tensor) -> Value:
+        """Constant where both factors are, or where weights that sum to 1 weigh equal constants."""
+        sources = flow.sources(node)
+        if len(sources) != 2 or sources != list(node.args) or not self._fits(flow, node):
+            return super().forward(flow, node, out)
+        a, b = (flow.values[n] for n in sources)
+        if varies(a.label, -1) or varies(b.label, -2):
+            head = one_unit(flow, a.label, b.label, name_of(node))
+            known = a.known.all(-1, keepdim=True) & b.known.all(-2, keepdim=True)
+            return Value(out, known, head.expand(out.shape))
+        if varies(a.label, -2):
+            return super().forward(flow, node, out)
+        known = weighed(b, sums_to_one(sources[0]))
+        return Value(out, known.expand(out.shape), b.label.narrow(-2, 0, 1).expand(out.shape))
+
+    def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
+        """Rows of the first and columns of the second factor."""
+        sources = flow.sources(node)
+        if len(sources) != 2 or sources != list(node.args) or not self._fits(flow, node):
+            return super().backward(flow, node, needed)
+        a, b = (flow.values[n].tensor for n in sources)
+        flow.use(sources[0], needed.any(-1, keepdim=True).expand(a.shape))
+        flow.use(sources[1], needed.any(-2, keepdim=True).expand(b.shape))
+
+    def constrain(self, plan: Plan, node: fx.Node) -> None:
+        """A matrix stays in both factors or in none."""
+        sources = plan.flow.sources(node)
+        if len(sources) == 2 and sources == list(node.args) and self._fits(plan.flow, node):
+            same_heads(plan, node, sources)
+
+    @staticmethod
+    def _fits(flow: Flow, node: fx.Node) -> bool:
+        a, b = (flow.values[n].tensor for n in flow.sources(node))
+        return min(a.dim(), b.dim()) > 2 and a.shape[:-2] == b.shape[:-2]
+
+
+class Attention(Rule):
+    """Scaled dot-product attention: (batch, heads, length, features) each."""
+
+    def forward(self, flow: Flow, node: fx.Node, out: Tensor) -> Value:
+        """A feature is constant where its values are the same at all keys."""
+        sources = self._sources(flow, node)
+        if sources is None:
+            return super().forward(flow, node, out)
+        q, k, v = (flow.values[n] for n in sources)
+        one_unit(flow, q.label, k.label.transpose(-1, -2), name_of(node))
+        mask = argument(node, 3)
+        if isinstance(mask, fx.Node) and flow.raw[mask].dim() > 2 and flow.raw[mask].shape[-3] > 1:
+            flow.units.pin(q.label, f"{name_of(node)} has a mask for each head")
+        if mask in flow.values:
+            flow.units.pin(flow.values[mask].label, f"{name_of(node)} needs all of its mask")
+        # A mask may hide every key from a query, whose output is then zero.
+        known = weighed(v, mask is None)
+        return Value(out, known.expand(out.shape), v.label.narrow(-2, 0, 1).expand(out.shape))
+
+    def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
+        """Queries and keys of a head that is used; features of values."""
+        sources = self._sources(flow, node)
+        if sources is None:
+            return super().backward(flow, node, needed)
+        head = needed.any(-1, keepdim=True).any(-2, keepdim=True)
+        for source in sources[:2]:
+            flow.use(source, head.expand(flow.raw[source].shape))
+        flow.use(sources[2], needed.any(-2, keepdim=True).expand(flow.raw[sources[2]].shape))
+        if (mask := argument(node, 3)) in flow.values:
+            flow.use(mask, fill(flow.raw[mask], True))
+
+    def constrain(self, plan: Plan, node: fx.Node) -> None:
+        """A head stays everywhere or nowhere."""
+        sources = self._sources(plan.flow, node)
+        if sources is not None:
+            same_heads(plan, node, sources)
+
+    @staticmethod
+    def _sources(flow: Flow, node: fx.Node) -> list[fx.Node] | None:
+        sources = list(node.args[:3])
+        if not all(n in flow.values for n in sources):
+            return None
+        heads = {flow.raw[n].shape[:-2] for n in sources}  # type: ignore[index]
+        return sources if len(heads) == 1 else None  # type: ignore[return-value]
+
+
+def one_unit(flow: Flow, a: Tensor, b: Tensor, name: str) -> Tensor:
+    """Make each matrix of labels a (..., n, k) and b (..., k, m) one unit; (..., 1, 1) its label."""
+    head = a[..., :1, :1]
+    for label in (a, b):
+        flow.units.tie(label, head.expand(label.shape), f"{name} has heads of equal size")
+    return head
+
+
+def weighed(values: Value, sums: bool) -> Tensor:
+    """(..., 1, features) whether a weighed mean of values (..., keys, features) is constant."""
+    tensor = values.tensor
+    same = (tensor == tensor.narrow(-2, 0, 1)) if sums else (tensor == 0)
+    return (values.known & same).all(-2, keepdim=True)
+
+
+def sums_to_one(node: fx.Node) -> bool:
+    """Whether the last axis of a node is the result of a softmax."""
+    while getattr(node.target, "overloadpacket", None) in (aten.clone, aten._to_copy, aten.dropout):
+        node = node.args[0]  # type: ignore[assignment]
+    return getattr(node.target, "overloadpacket", None) in (aten.softmax, aten._softmax) and node.args[1] in (
+        -1,
+        _rank(node) - 1,
+    )
+
+
+def _rank(node: fx.Node) -> int:
+    return len(node.meta.get("dynamic", ()))
+
+
+def same_heads(plan: Plan, node: fx.Node, sources: list[fx.Node]) -> None:
+    """Let a matrix stay in all of `sources` where it stays in one."""
+    stays = [plan.kept(plan.flow.values[n]).any(-1).any(-1) for n in sources]
+    anywhere = torch.stack(stays).any(0)
+    for source, here in zip(sources, stays, strict=True):
+        plan.restore(plan.flow.values[source].label[anywhere & ~here], f"{name_of(node)} needs it for its head")

@@ -1,0 +1,208 @@
+"""What is known of every element of every tensor: whether it is constant, whether it is used, what it goes with.
+
+A graph is run once on the example. Beside each tensor stands which of its elements do not depend on the model's inputs,
+and a label for each element. Then it is walked back, to find which elements any output depends on. What each operator
+says of that is a `Rule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from regrow.compaction.units import FREE, Units, distinct
+
+if TYPE_CHECKING:
+    from regrow.compaction.edit import Edit
+    from regrow.compaction.plan import Plan
+
+
+class Value(NamedTuple):
+    """A tensor of the graph; all three have its shape."""
+
+    tensor: Tensor
+    known: Tensor
+    """Which elements are the same for all inputs."""
+    label: Tensor
+    """What each element goes with, in `Flow.units`."""
+
+
+class Rule:
+    """What one kind of operator does; this one does anything, with all that it is given."""
+
+    def forward(self, flow: Flow, node: fx.Node, out: Tensor) -> Value:
+        """What is known of the result `out` of a node."""
+        for source in flow.sources(node):
+            flow.units.pin(flow.values[source].label, f"{name_of(node)} needs all of it")
+        return Value(out, fill(out, False), fill(out, FREE))
+
+    def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
+        """Mark what of its inputs a node uses, where `needed` of its own elements are."""
+        for source in flow.sources(node):
+            flow.use(source, fill(flow.values[source].tensor, True))
+
+    def constrain(self, plan: Plan, node: fx.Node) -> None:
+        """Take back what cannot go because of this node."""
+
+    def origin(self, flow: Flow, node: fx.Node) -> tuple[fx.Node, int] | None:
+        """The weight whose outputs begin here, and the axis along which they lie; None where none do."""
+        return None
+
+    def rewrite(self, edit: Edit, node: fx.Node) -> None:
+        """Make the node one of the elements that stay."""
+
+
+class Flow:
+    """All that is known of the tensors of a graph.
+
+    Args:
+        module: the graph with its parameters.
+        inputs: the tensors and other values of its placeholders, in order.
+        rules: what operators do.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], rules: Rules) -> None:
+        self.module = module
+        self.rules = rules
+        self.units = Units()
+        self.raw: dict[fx.Node, Any] = {}
+        """What the example makes of each node."""
+        self.leaves: set[fx.Node] = set()
+        """Nodes that follow from parameters alone."""
+        self.values: dict[fx.Node, Value] = {}
+        """Tensors that follow from inputs, or whose sizes do."""
+        self.entries: dict[tuple[fx.Node, fx.Node], Value] = {}
+        """Leaves as their elements go with those of what moves them: (mover, leaf)."""
+        self.used: dict[fx.Node, Tensor] = {}
+        given = iter(inputs)
+        with torch.no_grad():
+            for node in module.graph.nodes:
+                self._forward(node, given)
+            for node in reversed(module.graph.nodes):
+                self._backward(node)
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """Tensors that a node reads and that are no leaves."""
+        return [n for n in node.all_input_nodes if n in self.values]
+
+    def load(self, argument: Any) -> Any:
+        """What arguments of a node are for the example."""
+        return fx.map_arg(argument, lambda n: self.raw[n])
+
+    def use(self, node: Any, where: Tensor) -> None:
+        """Mark elements of a node as used."""
+        if node in self.values:
+            self.used[node] = where if node not in self.used else self.used[node] | where
+
+    def needed(self, node: fx.Node) -> Tensor:
+        """Which elements of a node are used and not constant."""
+        value = self.values[node]
+        return self.used.get(node, fill(value.tensor, False)) & ~value.known
+
+    def _forward(self, node: fx.Node, given: Any) -> None:
+        if node.op == "placeholder":
+            out = next(given)
+            if isinstance(out, Tensor):
+                label = self.units.fresh(1)
+                self.units.pin(label, "it is an input of the model")
+                self.values[node] = Value(out, fill(out, False), label.view((1,) * out.dim()).expand(out.shape))
+        elif node.op == "get_attr":
+            out = attribute(self.module, node.target)
+            self.leaves.add(node)
+        elif node.op == "output":
+            for source in self.sources(node):
+                self.units.pin(self.values[source].label, "it is an output of the model")
+            return
+        else:
+            assert callable(node.target)
+            out = node.target(*self.load(node.args), **self.load(node.kwargs))
+        self.raw[node] = out
+        if node.op != "call_function":
+            return
+        if _is_leaf(node, self.leaves):
+            self.leaves.add(node)
+        elif isinstance(out, Tensor):
+            self.values[node] = self.rules.of(node, self).forward(self, node, out)
+        else:
+            self.rules.default.forward(self, node, torch.empty(0))
+
+    def _backward(self, node: fx.Node) -> None:
+        if node.op == "output" or (node.op == "call_function" and node not in self.values and node not in self.leaves):
+            self.rules.default.backward(self, node, torch.empty(0))
+        elif node.op == "call_function" and node in self.values and (needed := self.needed(node)).any():
+            self.rules.of(node, self).backward(self, node, needed)
+
+
+class Rules(NamedTuple):
+    """The rule of each operator."""
+
+    by_packet: Mapping[Any, Rule]
+    pointwise: Rule
+    default: Rule
+
+    def of(self, node: fx.Node, flow: Flow) -> Rule:
+        """The rule of a call."""
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in self.by_packet:
+            return self.by_packet[packet]
+        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        return self.pointwise if is_pointwise else self.default
+
+
+def _is_leaf(node: fx.Node, leaves: set[fx.Node]) -> bool:
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not random and all(n in leaves for n in node.all_input_nodes)
+
+
+def attribute(module: torch.nn.Module, target: Any) -> Any:
+    """A parameter or buffer by its dotted name."""
+    for part in str(target).split("."):
+        module = getattr(module, part)
+    return module
+
+
+def name_of(node: fx.Node) -> str:
+    """What a reader calls a node: the operator and the module."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    operator = getattr(packet, "__name__", str(packet))
+    path = node.meta.get("path")
+    return f"{operator} in {path}" if path else operator
+
+
+def fill(like: Tensor, value: bool | int) -> Tensor:
+    """One value at every element, without memory."""
+    return torch.tensor(value).expand(like.shape)
+
+
+def varies(tensor: Tensor, axis: int) -> bool:
+    """Whether a tensor changes along an axis."""
+    (tensor,) = distinct(tensor) if tensor.stride(axis) == 0 else [tensor]
+    return tensor.shape[axis] > 1 and bool((tensor != tensor.narrow(axis, 0, 1)).any())
+
+
+def along(tensor: Tensor, axis: int) -> Tensor:
+    """The elements along one axis, (size,), at the first index of all others."""
+    for other in reversed(range(tensor.dim())):
+        if other != axis % tensor.dim():
+            tensor = tensor.select(other, 0)
+    return tensor
+
+
+def spread(vector: Tensor, axis: int, like: Tensor) -> Tensor:
+    """A vector (size,) along one axis of the shape of `like`, without memory."""
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return vector.view(shape).expand(like.shape)
+
+
+def any_but(where: Tensor, axis: int) -> Tensor:
+    """(size,) whether anything is true at each index of an axis."""
+    return where.movedim(axis, 0).reshape(where.shape[axis], -1).any(1)
+
+
+def all_but(where: Tensor, axis: int) -> Tensor:
+    """(size,) whether all is true at each index of an axis."""
+    return ~any_but(~where, axis)
