@@ -191,7 +191,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changes():
         dense_ticket(run).install(run.sparsifier)
     with pytest.raises(ValueError, match=message), installed(run.sparsifier, dense_ticket(run)):
         raise AssertionError("never within")
-    with pytest.raises(ValueError, match=r"ticket: \d of the 2 sparsified weights differ in name, shape or units \(0.weight"):
+    with pytest.raises(
+        ValueError, match=r"ticket: \d of the 2 sparsified weights differ in name, shape or units \(0.weight"
+    ):
         Ticket.of(Run("masked", rigl(), "conv").sparsifier).install(run.sparsifier)
     other = replace(Ticket.of(run.sparsifier), others={})
     with pytest.raises(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import argument
-from regrow.compaction.flow import Flow, Rule, Value, fill, name_of, varies
+from regrow.compaction.flow import Flow, Value, even, fill, name_of, varies
 from regrow.compaction.plan import Plan
+from regrow.compaction.rule import Rule
 
 aten = torch.ops.aten
 
@@ -31,8 +32,7 @@ class MatMul(Rule):
             return Value(out, known, head.expand(out.shape))
         if varies(a.label, -2):
             return super().forward(flow, node, out)
-        known = weighed(b, sums_to_one(sources[0]))
-        return Value(out, known.expand(out.shape), b.label.narrow(-2, 0, 1).expand(out.shape))
+        return _mean(out, b, sums_to_one(sources[0]))
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """Rows of the first and columns of the second factor."""
@@ -70,9 +70,13 @@ class Attention(Rule):
             flow.units.pin(q.label, f"{name_of(node)} has a mask for each head")
         if mask in flow.values:
             flow.units.pin(flow.values[mask].label, f"{name_of(node)} needs all of its mask")
-        # A mask may hide every key from a query, whose output is then zero.
-        known = weighed(v, mask is None)
-        return Value(out, known.expand(out.shape), v.label.narrow(-2, 0, 1).expand(out.shape))
+        sums = _shows_keys(flow, mask) and not argument(node, 4)
+        if not sums:
+            hidden = weighed(v, True).expand(v.label.shape)
+            flow.units.tell(
+                v.label[hidden], f"{name_of(node)} has a mask that may hide all keys, where it is not constant"
+            )
+        return _mean(out, v, sums)
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """Queries and keys of a head that is used; features of values."""
@@ -94,11 +98,26 @@ class Attention(Rule):
 
     @staticmethod
     def _sources(flow: Flow, node: fx.Node) -> list[fx.Node] | None:
-        sources = list(node.args[:3])
+        sources = [argument(node, i) for i in range(3)]
         if not all(n in flow.values for n in sources):
             return None
-        heads = {flow.raw[n].shape[:-2] for n in sources}  # type: ignore[index]
-        return sources if len(heads) == 1 else None  # type: ignore[return-value]
+        heads = {flow.raw[n].shape[:-2] for n in sources}
+        return sources if len(heads) == 1 else None
+
+
+def _mean(out: Tensor, values: Value, sums: bool) -> Value:
+    """A weighed mean of values (..., keys, features), whose constants are free of the rounding of weights."""
+    known = weighed(values, sums)
+    exact = torch.where(known, values.tensor.narrow(-2, 0, 1), out)
+    return Value(exact, known.expand(out.shape), values.label.narrow(-2, 0, 1).expand(out.shape))
+
+
+def _shows_keys(flow: Flow, mask: object) -> bool:
+    """Whether every query sees a key: one that sees none gives zeros. A mask must follow from sizes to be judged."""
+    if not isinstance(mask, fx.Node):
+        return True
+    seen = flow.raw[mask] if flow.raw[mask].dtype == torch.bool else flow.raw[mask] > -torch.inf
+    return mask in flow.still and bool(seen.any(-1).all())
 
 
 def one_unit(flow: Flow, a: Tensor, b: Tensor, name: str) -> Tensor:
@@ -112,14 +131,14 @@ def one_unit(flow: Flow, a: Tensor, b: Tensor, name: str) -> Tensor:
 def weighed(values: Value, sums: bool) -> Tensor:
     """(..., 1, features) whether a weighed mean of values (..., keys, features) is constant."""
     tensor = values.tensor
-    same = (tensor == tensor.narrow(-2, 0, 1)) if sums else (tensor == 0)
+    same = even(tensor, -2) if sums else (tensor == 0)
     return (values.known & same).all(-2, keepdim=True)
 
 
 def sums_to_one(node: fx.Node) -> bool:
     """Whether the last axis of a node is the result of a softmax."""
     while getattr(node.target, "overloadpacket", None) in (aten.clone, aten._to_copy, aten.dropout):
-        node = node.args[0]  # type: ignore[assignment]
+        node = argument(node, 0)
     return getattr(node.target, "overloadpacket", None) in (aten.softmax, aten._softmax) and node.args[1] in (
         -1,
         _rank(node) - 1,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from regrow.compaction.flow import Flow
-
-if TYPE_CHECKING:
-    from regrow.compaction.plan import Plan
+from regrow.compaction.flow import Flow, even
+from regrow.compaction.graph import tidy
+from regrow.compaction.plan import Plan
 
 aten = torch.ops.aten
 
@@ -31,13 +31,12 @@ class Edit:
         self.module = flow.module
         self.graph = flow.module.graph
         self._cuts: dict[tuple[Any, ...], fx.Node] = {}
-        self._scaled: dict[tuple[fx.Node, int, int], fx.Node] = {}
 
-    def run(self) -> None:
+    def run(self, rewrite: Callable[[Edit, fx.Node], None]) -> None:
         """Rewrite every node."""
         for node in list(self.flow.values):
             if node.op == "call_function":
-                self.flow.rules.of(node, self.flow).rewrite(self, node)
+                rewrite(self, node)
         tidy(self.module)
 
     def axis(self, node: Any, axis: Any) -> Tensor:
@@ -48,10 +47,12 @@ class Edit:
         """Tensors among a node's inputs that follow from parameters alone."""
         return [n for n in node.all_input_nodes if n in self.flow.leaves and isinstance(self.flow.raw[n], Tensor)]
 
-    def scaled(self, size: fx.Node, times: int, over: int) -> fx.Node:
-        """A size that may vary, times a fraction, at the present place in the graph."""
-        more = self.graph.call_function(operator.mul, (size, times)) if times > 1 else size
-        return self.graph.call_function(operator.floordiv, (more, over))
+    def scaled(self, node: fx.Node, size: fx.Node, new: int, old: int) -> fx.Node:
+        """A size that may vary, of which `new` in `old` stay, for the use of a node."""
+        common = math.gcd(new, old)
+        with self.graph.inserting_before(node):
+            more = self.graph.call_function(operator.mul, (size, new // common)) if new > common else size
+            return self.graph.call_function(operator.floordiv, (more, old // common))
 
     def cut(self, leaf: fx.Node, cuts: Mapping[int, Tensor], plus: Tensor | None = None) -> fx.Node:
         """A parameter of what stays of a leaf along each axis, with `plus` added; the leaf itself where all does."""
@@ -67,7 +68,7 @@ class Edit:
             tensor = (tensor.double() + plus).to(tensor.dtype)
         alone = leaf.op == "get_attr" and len(leaf.users) == 1
         name = str(leaf.target) if leaf.op == "get_attr" else leaf.name
-        made = self._hold(leaf, name if alone else self._free(name), tensor)
+        made = hold(self.module, leaf, name if alone else free(self.module, name), tensor)
         if plus is None:
             self._cuts[key] = made
         return made
@@ -76,54 +77,54 @@ class Edit:
         """A bias for the module of a weight that has none."""
         name = str(weight.target) if weight.op == "get_attr" else weight.name
         head = name.removesuffix("weight")
-        return self._hold(weight, self._free(f"{head}bias"), bias.to(self.flow.raw[weight].dtype))
-
-    def constant(self, node: fx.Node, tensor: Tensor) -> fx.Node:
-        """A parameter in the place of a node that is constant."""
-        return self._hold(node, self._free(node.name), tensor)
-
-    def _hold(self, place: fx.Node, name: str, tensor: Tensor) -> fx.Node:
-        """A parameter called `name`, read where `place` stands."""
-        owner, _, own = name.rpartition(".")
-        module: nn.Module = self.module
-        for part in owner.split(".") if owner else ():
-            if not hasattr(module, part):
-                module.add_module(part, nn.Module())
-            module = getattr(module, part)
-        former = getattr(module, own, None)
-        tensor = tensor.clone()
-        if isinstance(former, Tensor) and not isinstance(former, nn.Parameter):
-            module.register_buffer(own, tensor)
-        elif tensor.is_floating_point():
-            grad = former.requires_grad if isinstance(former, nn.Parameter) else True
-            module.register_parameter(own, nn.Parameter(tensor, grad))
-        else:
-            module.register_buffer(own, tensor)
-        first = next(iter(self.graph.nodes))
-        with self.graph.inserting_before(first):
-            node = self.graph.get_attr(name)
-        node.meta = {"path": place.meta.get("path", "")}
-        return node
-
-    def _free(self, name: str) -> str:
-        """`name`, or a like one that nothing has."""
-        taken = {n for n, _ in self.module.named_parameters(remove_duplicate=False)} | {n for n, _ in self.module.named_buffers()}
-        taken |= {n for n, _ in self.module.named_modules()}
-        number, found = 0, name
-        while found in taken:
-            number += 1
-            found = f"{name}_{number}"
-        return found
+        return hold(self.module, weight, free(self.module, f"{head}bias"), bias.to(self.flow.raw[weight].dtype))
 
 
-def fold_constants(flow: Flow) -> bool:
+def hold(module: fx.GraphModule, place: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+    """A parameter called `name`, read where `place` stands."""
+    owner, _, own = name.rpartition(".")
+    holder: nn.Module = module
+    for part in owner.split(".") if owner else ():
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    former = getattr(holder, own, None)
+    buffer = isinstance(former, Tensor) and not isinstance(former, nn.Parameter)
+    if buffer or not tensor.is_floating_point():
+        holder.register_buffer(own, tensor.clone())
+    else:
+        grad = former.requires_grad if isinstance(former, nn.Parameter) else True
+        holder.register_parameter(own, nn.Parameter(tensor.clone(), grad))
+    with module.graph.inserting_before(place):
+        node = module.graph.get_attr(name)
+    node.meta = {"path": place.meta.get("path", "")}
+    return node
+
+
+def free(module: nn.Module, name: str) -> str:
+    """`name`, or a like one that nothing has."""
+    parts = (module.named_parameters(remove_duplicate=False), module.named_buffers(), module.named_modules())
+    taken, number, found = {n for part in parts for n, _ in part}, 0, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
+def _constant(module: fx.GraphModule, node: fx.Node, tensor: Tensor) -> fx.Node:
+    """A parameter in the place of a node that is constant."""
+    path = node.meta.get("path")
+    return hold(module, node, free(module, f"{path}.constant" if path else "constant"), tensor)
+
+
+def fold_constants(flow: Flow, is_pointwise: Callable[[fx.Node], bool]) -> bool:
     """Put a parameter where an operand of a pointwise operator is constant; whether there was one.
 
     What computes the operand is then in no use: a residual branch without active weights is one addition.
     """
-    edit, found = Edit(flow, None), False  # type: ignore[arg-type]
+    found = False
     for node, value in list(flow.values.items()):
-        if node.op != "call_function" or flow.rules.of(node, flow) is not flow.rules.pointwise:
+        if node.op != "call_function" or not is_pointwise(node):
             continue
         for source in flow.sources(node):
             others = [flow.values[n].tensor.shape for n in flow.sources(node) if n is not source]
@@ -132,7 +133,7 @@ def fold_constants(flow: Flow) -> bool:
             constant = _collapsed(flow.values[source].tensor, source.meta.get("dynamic", ()))
             if constant is not None:
                 found = True
-                node.replace_input_with(source, edit.constant(source, constant))
+                node.replace_input_with(source, _constant(flow.module, source, constant))
     if found:
         tidy(flow.module)
     return found
@@ -142,24 +143,11 @@ def _collapsed(tensor: Tensor, dynamic: tuple[bool, ...]) -> Tensor | None:
     """With size 1 along the axes on which nothing depends; None where it depends on one whose size may vary."""
     for axis in range(tensor.dim()):
         first = tensor.narrow(axis, 0, 1)
-        if (tensor == first).all():
+        if even(tensor, axis).all():
             tensor = first
         elif axis == 0 or not dynamic or dynamic[axis]:
             return None
     return tensor
-
-
-def tidy(module: fx.GraphModule) -> None:
-    """Forget nodes that nothing uses, then parameters that nothing reads."""
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.delete_all_unused_submodules()
-    read = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    for name in [n for n, _ in module.named_parameters(remove_duplicate=False)] + [n for n, _ in module.named_buffers()]:
-        if name not in read:
-            owner, _, own = name.rpartition(".")
-            delattr(module.get_submodule(owner), own)
-    module.recompile()
 
 
 def argument(node: fx.Node, index: int, name: str | None = None) -> Any:

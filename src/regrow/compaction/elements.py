@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Rule, Value, fill, name_of, spread, varies
-from regrow.compaction.units import FREE
+from regrow.compaction.flow import Flow, Value, fill, name_of, spread, varies
+from regrow.compaction.rule import Rule
 
 aten = torch.ops.aten
 
@@ -21,11 +21,10 @@ class Pointwise(Rule):
     def forward(self, flow: Flow, node: fx.Node, out: Tensor) -> Value:
         """Operands of the full shape are tied; a broadcast one where it meets a single unit."""
         values = [flow.values[n] for n in flow.sources(node)]
-        joint = torch.broadcast_shapes(*(v.tensor.shape for v in values)) if values else ()
+        joint = torch.broadcast_shapes(*(v.tensor.shape for v in values))  # type: ignore[no-untyped-call]
         full = [v.label for v in values if v.tensor.shape == joint]
         if not full:
-            super().forward(flow, node, out)
-            return Value(out, fill(out, False), fill(out, FREE))
+            return super().forward(flow, node, out)
         base, why = full[0], f"{name_of(node)} ties it to what stays"
         for label in full[1:]:
             flow.units.tie(base, label, why)
@@ -79,7 +78,7 @@ class Channelwise(Rule):
         x = node.args[0]
         if x not in flow.values or len(flow.sources(node)) > 1 or out.dim() < 2:
             return super().forward(flow, node, out)
-        value, known = flow.values[x], flow.values[x].known  # type: ignore[index]
+        value, known = flow.values[x], flow.values[x].known
         scale = node.args[1] if getattr(node.target, "overloadpacket", None) is aten.batch_norm else None
         if isinstance(scale, fx.Node):
             known = known | spread(flow.raw[scale] == 0, 1, out)
@@ -108,7 +107,7 @@ class Together(Rule):
         x = node.args[0]
         if flow.sources(node) != [x]:
             return super().forward(flow, node, out)
-        value = flow.values[x]  # type: ignore[index]
+        value = flow.values[x]
         label, known = value.label, value.known
         for axis in self.axes(node, out.dim()):
             flow.units.tie(label, label.narrow(axis, 0, 1).expand(label.shape), f"{name_of(node)} runs over it")
@@ -147,7 +146,7 @@ class GroupNorm(Rule):
         x, groups = node.args[0], node.args[1]
         if flow.sources(node) != [x] or not isinstance(groups, int):
             return super().forward(flow, node, out)
-        value = flow.values[x]  # type: ignore[index]
+        value = flow.values[x]
         flow.units.tie(value.label, _group_wise(value.label, groups), f"{name_of(node)} runs over its group")
         split = value.known.reshape(out.shape[0], groups, -1)
         known = split.all(2, keepdim=True).expand(split.shape).reshape(out.shape)
@@ -158,7 +157,7 @@ class GroupNorm(Rule):
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """The whole group, where one channel is used."""
-        split = needed.reshape(needed.shape[0], node.args[1], -1)  # type: ignore[arg-type]
+        split = needed.reshape(needed.shape[0], argument(node, 1), -1)
         flow.use(node.args[0], split.any(2, keepdim=True).expand(split.shape).reshape(needed.shape))
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
@@ -184,7 +183,7 @@ class Reduction(Rule):
         x = node.args[0]
         if flow.sources(node) != [x]:
             return super().forward(flow, node, out)
-        value = flow.values[x]  # type: ignore[index]
+        value = flow.values[x]
         axes, keep = self._axes(node, value.tensor.dim())
         if any(varies(value.label, a) for a in axes):
             return super().forward(flow, node, out)
@@ -197,7 +196,7 @@ class Reduction(Rule):
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """All that is reduced."""
-        x = flow.values[node.args[0]].tensor  # type: ignore[index]
+        x = flow.values[node.args[0]].tensor
         axes, keep = self._axes(node, x.dim())
         for axis in sorted(axes) if not keep else ():
             needed = needed.unsqueeze(axis)
@@ -221,7 +220,7 @@ class Window(Rule):
         x = node.args[0]
         if flow.sources(node) != [x]:
             return super().forward(flow, node, out)
-        value = flow.values[x]  # type: ignore[index]
+        value = flow.values[x]
         label, known = value.label, value.known
         for axis in range(-self.axes, 0):
             first = label.narrow(axis, 0, 1)
@@ -233,7 +232,7 @@ class Window(Rule):
         """The whole channel."""
         for axis in range(-self.axes, 0):
             needed = needed.any(axis, keepdim=True)
-        flow.use(node.args[0], needed.expand(flow.raw[node.args[0]].shape))  # type: ignore[index]
+        flow.use(node.args[0], needed.expand(flow.raw[node.args[0]].shape))
 
 
 class Lookup(Rule):
@@ -243,14 +242,14 @@ class Lookup(Rule):
         """A column is constant where all its rows are equal."""
         if node.args[0] not in flow.leaves:
             return super().forward(flow, node, out)
-        table = flow.raw[node.args[0]]  # type: ignore[index]
+        table = flow.raw[node.args[0]]
         known = (table == table[:1]).all(0)
         return Value(out, spread(known, -1, out), spread(flow.units.fresh(table.shape[1]), -1, out))
 
     def origin(self, flow: Flow, node: fx.Node) -> tuple[fx.Node, int] | None:
         """Columns of the table."""
-        table = node.args[0]
-        return (table, -1) if table in flow.leaves else None  # type: ignore[return-value]
+        table = argument(node, 0)
+        return (table, -1) if table in flow.leaves else None
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """All indices."""
@@ -272,4 +271,3 @@ def gather(needed: Tensor, shape: Sequence[int]) -> Tensor:
         if size != needed.shape[axis]:
             needed = needed.any(axis, keepdim=True)
     return needed
-

@@ -7,17 +7,13 @@ says of that is a `Rule`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from regrow.compaction.units import FREE, Units, distinct
-
-if TYPE_CHECKING:
-    from regrow.compaction.edit import Edit
-    from regrow.compaction.plan import Plan
+from regrow.compaction.units import Units, distinct
 
 
 class Value(NamedTuple):
@@ -30,29 +26,16 @@ class Value(NamedTuple):
     """What each element goes with, in `Flow.units`."""
 
 
-class Rule:
-    """What one kind of operator does; this one does anything, with all that it is given."""
+class Passes(Protocol):
+    """What one kind of operator does to what is known."""
 
     def forward(self, flow: Flow, node: fx.Node, out: Tensor) -> Value:
         """What is known of the result `out` of a node."""
-        for source in flow.sources(node):
-            flow.units.pin(flow.values[source].label, f"{name_of(node)} needs all of it")
-        return Value(out, fill(out, False), fill(out, FREE))
+        ...
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """Mark what of its inputs a node uses, where `needed` of its own elements are."""
-        for source in flow.sources(node):
-            flow.use(source, fill(flow.values[source].tensor, True))
-
-    def constrain(self, plan: Plan, node: fx.Node) -> None:
-        """Take back what cannot go because of this node."""
-
-    def origin(self, flow: Flow, node: fx.Node) -> tuple[fx.Node, int] | None:
-        """The weight whose outputs begin here, and the axis along which they lie; None where none do."""
-        return None
-
-    def rewrite(self, edit: Edit, node: fx.Node) -> None:
-        """Make the node one of the elements that stay."""
+        ...
 
 
 class Flow:
@@ -61,18 +44,20 @@ class Flow:
     Args:
         module: the graph with its parameters.
         inputs: the tensors and other values of its placeholders, in order.
-        rules: what operators do.
+        rule: what the operator of a node does.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], rules: Rules) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], rule: Callable[[fx.Node], Passes]) -> None:
         self.module = module
-        self.rules = rules
+        self.rule = rule
         self.units = Units()
-        self.raw: dict[fx.Node, Any] = {}
+        self.raw: dict[Any, Any] = {}
         """What the example makes of each node."""
-        self.leaves: set[fx.Node] = set()
+        self.leaves: set[Any] = set()
         """Nodes that follow from parameters alone."""
-        self.values: dict[fx.Node, Value] = {}
+        self.still: set[Any] = set()
+        """Nodes that follow from parameters and sizes."""
+        self.values: dict[Any, Value] = {}
         """Tensors that follow from inputs, or whose sizes do."""
         self.entries: dict[tuple[fx.Node, fx.Node], Value] = {}
         """Leaves as their elements go with those of what moves them: (mover, leaf)."""
@@ -97,6 +82,16 @@ class Flow:
         if node in self.values:
             self.used[node] = where if node not in self.used else self.used[node] | where
 
+    def pin_inputs(self, node: fx.Node) -> None:
+        """All that a node is given stays."""
+        for source in self.sources(node):
+            self.units.pin(self.values[source].label, f"{name_of(node)} needs all of it")
+
+    def use_inputs(self, node: fx.Node) -> None:
+        """All that a node is given is used."""
+        for source in self.sources(node):
+            self.use(source, fill(self.values[source].tensor, True))
+
     def needed(self, node: fx.Node) -> Tensor:
         """Which elements of a node are used and not constant."""
         value = self.values[node]
@@ -120,39 +115,29 @@ class Flow:
             assert callable(node.target)
             out = node.target(*self.load(node.args), **self.load(node.kwargs))
         self.raw[node] = out
+        if node.op == "get_attr" or getattr(node.target, "overloadpacket", None) is torch.ops.aten.sym_size:
+            self.still.add(node)
+        elif node.op == "call_function" and follows(node, self.still):
+            self.still.add(node)
         if node.op != "call_function":
             return
-        if _is_leaf(node, self.leaves):
+        if follows(node, self.leaves):
             self.leaves.add(node)
         elif isinstance(out, Tensor):
-            self.values[node] = self.rules.of(node, self).forward(self, node, out)
+            self.values[node] = value = self.rule(node).forward(self, node, out)
+            self.raw[node] = value.tensor
         else:
-            self.rules.default.forward(self, node, torch.empty(0))
+            self.pin_inputs(node)
 
     def _backward(self, node: fx.Node) -> None:
         if node.op == "output" or (node.op == "call_function" and node not in self.values and node not in self.leaves):
-            self.rules.default.backward(self, node, torch.empty(0))
+            self.use_inputs(node)
         elif node.op == "call_function" and node in self.values and (needed := self.needed(node)).any():
-            self.rules.of(node, self).backward(self, node, needed)
+            self.rule(node).backward(self, node, needed)
 
 
-class Rules(NamedTuple):
-    """The rule of each operator."""
-
-    by_packet: Mapping[Any, Rule]
-    pointwise: Rule
-    default: Rule
-
-    def of(self, node: fx.Node, flow: Flow) -> Rule:
-        """The rule of a call."""
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in self.by_packet:
-            return self.by_packet[packet]
-        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        return self.pointwise if is_pointwise else self.default
-
-
-def _is_leaf(node: fx.Node, leaves: set[fx.Node]) -> bool:
+def follows(node: fx.Node, leaves: set[fx.Node]) -> bool:
+    """Whether a call reads nothing but `leaves`, and does not draw."""
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return not random and all(n in leaves for n in node.all_input_nodes)
 
@@ -196,6 +181,14 @@ def spread(vector: Tensor, axis: int, like: Tensor) -> Tensor:
     shape = [1] * like.dim()
     shape[axis] = -1
     return vector.view(shape).expand(like.shape)
+
+
+def even(tensor: Tensor, axis: int) -> Tensor:
+    """Which elements are, but for rounding, those at the first index of an axis."""
+    first = tensor.narrow(axis, 0, 1)
+    if not tensor.is_floating_point():
+        return tensor == first
+    return (tensor - first).abs() <= 16 * torch.finfo(tensor.dtype).eps * first.abs()
 
 
 def any_but(where: Tensor, axis: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""From a model to a graph of tensor operators: dense, in evaluation, without views of tuples."""
+"""From a model to a graph of tensor operators: dense, in evaluation, each with one result."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,6 @@ from regrow.nn import SparseModule
 aten = torch.ops.aten
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 
 def arguments(example: Any) -> Arguments:
@@ -46,11 +45,27 @@ def trace(model: nn.Module, example: Arguments, dynamic_shapes: Any) -> fx.Graph
             ) from error
     assert isinstance(module, fx.GraphModule)
     graph = fx.GraphModule(module, module.graph)
+    _name_shared_parameters(graph, model)
     _copy_parameters(graph)
     for node in graph.graph.nodes:
         node.meta = {"dynamic": _dynamic(node), "path": _path(node)}
     _simplify(graph)
     return graph
+
+
+def _name_shared_parameters(graph: fx.GraphModule, model: nn.Module) -> None:
+    """Give a parameter of several names the first that the model has."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, own = str(node.target).rpartition(".")
+            name = first.get(id(getattr(graph.get_submodule(owner), own, None)))
+            if name is not None and name != node.target:
+                setattr(
+                    graph.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], model.get_parameter(name)
+                )
+                node.target = name
+    graph.delete_all_unused_submodules()
 
 
 def _copy_parameters(module: nn.Module) -> None:
@@ -136,9 +151,30 @@ def _simplify(module: fx.GraphModule) -> None:
         if packet in _TUPLES:
             for user in list(node.users):
                 _TUPLES[packet](module.graph, node, user)
+        elif packet is aten.baddbmm and not node.kwargs:
+            with module.graph.inserting_before(node):
+                product = module.graph.call_function(aten.bmm.default, node.args[1:])
+            product.meta = dict(node.meta)
+            _replace(module.graph, node, aten.add.Tensor, (node.args[0], product))
         elif packet is not None and packet.__name__.startswith("_assert"):
             module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
+    tidy(module)
+
+
+def tidy(module: fx.GraphModule) -> None:
+    """Forget nodes that nothing uses, then parameters that nothing reads."""
+    for node in reversed(module.graph.nodes):  # fx itself keeps what may draw, as attention may
+        if node.op in ("call_function", "get_attr") and not node.users:
+            module.graph.erase_node(node)
+    module.graph.lint()
+    module.delete_all_unused_submodules()
+    read = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name in [n for n, _ in module.named_parameters(remove_duplicate=False)] + [
+        n for n, _ in module.named_buffers()
+    ]:
+        if name not in read:
+            owner, _, own = name.rpartition(".")
+            delattr(module.get_submodule(owner), own)
     module.recompile()
 
 
@@ -157,13 +193,13 @@ def _batch_norm(graph: fx.Graph, node: fx.Node, item: fx.Node) -> None:
 
 
 def _slice(graph: fx.Graph, node: fx.Node, item: fx.Node) -> None:
-    x, sizes, *rest = node.args
+    x, sizes, *rest = cast(tuple[Any, ...], node.args)
     axis, number = (rest[0] if rest else 0), item.args[1]
     assert isinstance(number, int)
     sizes = sizes if isinstance(sizes, list | tuple) else [sizes] * (number + 1)
     if all(isinstance(size, int) for size in sizes[: number + 1]):
-        low = sum(sizes[:number])  # type: ignore[arg-type]
-        _replace(graph, item, aten.slice.Tensor, (x, axis, low, low + sizes[number]))  # type: ignore[operator]
+        low = sum(sizes[:number])
+        _replace(graph, item, aten.slice.Tensor, (x, axis, low, low + sizes[number]))
 
 
 def _select(graph: fx.Graph, node: fx.Node, item: fx.Node) -> None:

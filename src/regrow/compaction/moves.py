@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Rule, Value, fill, spread, varies
+from regrow.compaction.flow import Flow, Value, any_but, fill, spread, varies
 from regrow.compaction.plan import Plan
+from regrow.compaction.rule import Rule
 
 aten = torch.ops.aten
 
@@ -51,7 +50,7 @@ class Move(Rule):
 
         # A view of what is broadcast need not exist.
         packet = getattr(node.target, "overloadpacket", None)
-        target: Callable[..., Any] = aten.reshape if packet in (aten.view, aten._unsafe_view) else node.target  # type: ignore[assignment]
+        target: Any = aten.reshape if packet in (aten.view, aten._unsafe_view) else node.target
         moved: Tensor = target(*fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load))
         return moved
 
@@ -59,8 +58,19 @@ class Move(Rule):
         """Parameters lose the elements that go."""
         for leaf in edit.leaves(node):
             kept = edit.plan.kept(edit.flow.entries[node, leaf])
-            cuts = {a: kept.movedim(a, 0).reshape(kept.shape[a], -1).any(1) for a in range(kept.dim())}
+            cuts = {a: any_but(kept, a) for a in range(kept.dim())}
             node.replace_input_with(leaf, edit.cut(leaf, cuts))
+
+
+class Squeeze(Move):
+    """Axes of size 1 go; one that is larger stays, so it must not become 1."""
+
+    def constrain(self, plan: Plan, node: fx.Node) -> None:
+        """Two indices of an axis stay where it had more than one."""
+        value = plan.flow.values.get(node.args[0])
+        for axis, size in enumerate(value.tensor.shape if value is not None else ()):
+            if value is not None and size > 1 and int(plan.axis(argument(node, 0), axis).sum()) == 1:
+                plan.restore(value.label, "a squeeze would take its axis away")
 
 
 class Resize(Move):
@@ -75,13 +85,12 @@ class Resize(Move):
         first = len(shape) - len(sizes)
         for axis, size in enumerate(sizes, first):
             old, new = shape[axis], int(edit.axis(node, axis).sum())
-            if old != new and isinstance(size, fx.Node):
-                common = math.gcd(old, new)
-                with edit.graph.inserting_before(node):
-                    size = edit.scaled(size, new // common, old // common)
-            elif old != new and size != -1:
-                size = new
-            changed.append(size)
+            if old == new or size == -1:
+                changed.append(size)
+            elif isinstance(size, fx.Node):
+                changed.append(edit.scaled(node, size, new, old))
+            else:
+                changed.append(new)
         node.update_arg(1, changed)
 
 
@@ -91,9 +100,9 @@ class Slice(Move):
     def constrain(self, plan: Plan, node: fx.Node) -> None:
         """Only a range of consecutive indices, given as numbers, can shift."""
         axis, bounds, step = self._read(node)
-        value = plan.flow.values.get(node.args[0])  # type: ignore[arg-type]
+        value = plan.flow.values.get(node.args[0])
         if value is not None and (step != 1 or not all(isinstance(b, int) for b in bounds)):
-            gone = ~plan.axis(node.args[0], axis)  # type: ignore[arg-type]
+            gone = ~plan.axis(argument(node, 0), axis)
             if gone.any():
                 plan.restore(value.label, "a slice of it has bounds that vary")
 
@@ -133,17 +142,19 @@ class Pad(Rule):
 
     def forward(self, flow: Flow, node: fx.Node, out: Tensor) -> Value:
         """New features are units of their own; new places belong to the unit around them."""
-        x, sizes = node.args[0], node.args[1]
-        if flow.sources(node) != [x] or min(sizes, default=0) < 0:  # type: ignore[call-overload]
+        x, sizes = argument(node, 0), argument(node, 1)
+        if flow.sources(node) != [x] or min(sizes, default=0) < 0:
             return super().forward(flow, node, out)
-        value = flow.values[x]  # type: ignore[index]
+        value = flow.values[x]
         label, known = value.label, value.known
         for axis, low, high in self._pads(node, out.dim()):
             size = list(label.shape)
             size[axis] += low + high
             if self._numbers(node) and varies(label, axis):
-                ends = [fill(label, 0).narrow(axis, 0, 1).expand([n if a == axis else s for a, s in enumerate(label.shape)])
-                        for n in (low, high)]
+                ends = [
+                    fill(label, 0).narrow(axis, 0, 1).expand([n if a == axis else s for a, s in enumerate(label.shape)])
+                    for n in (low, high)
+                ]
                 fresh = [spread(flow.units.fresh(n), axis, end) for n, end in zip((low, high), ends, strict=True)]
                 label = torch.cat([fresh[0], label, fresh[1]], axis)
             else:
@@ -152,7 +163,7 @@ class Pad(Rule):
             if not self._numbers(node):
                 known = known.all(axis, keepdim=True).expand(size)
         if self._numbers(node):
-            known = torch.constant_pad_nd(known, sizes, True)  # type: ignore[arg-type]
+            known = torch.constant_pad_nd(known, sizes, True)
         return Value(out, known, label)
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
@@ -168,7 +179,7 @@ class Pad(Rule):
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """New features that go are not made."""
-        sizes = list(node.args[1])  # type: ignore[arg-type]
+        sizes = list(argument(node, 1))
         rank = edit.flow.values[node].tensor.dim()
         for axis, low, high in self._pads(node, rank):
             kept = edit.axis(node, axis)
@@ -179,10 +190,9 @@ class Pad(Rule):
 
     @staticmethod
     def _pads(node: fx.Node, rank: int) -> list[tuple[int, int, int]]:
-        sizes = node.args[1]
-        assert isinstance(sizes, list | tuple)
+        sizes = argument(node, 1)
         pairs = [(rank - 1 - i // 2, sizes[i], sizes[i + 1]) for i in range(0, len(sizes), 2)]
-        return [pair for pair in pairs if pair[1:] != (0, 0)]  # type: ignore[return-value,misc]
+        return [pair for pair in pairs if pair[1:] != (0, 0)]
 
     @staticmethod
     def _numbers(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx
@@ -11,9 +11,14 @@ from regrow.compaction.flow import Flow, Value, any_but, fill, name_of
 
 
 class Plan:
-    """The largest set of dead units without which every tensor is still a box, and no output changes."""
+    """The largest set of dead units without which every tensor is still a box, and no output changes.
 
-    def __init__(self, flow: Flow) -> None:
+    Args:
+        flow: what is known.
+        constrain: takes back what cannot go because of one node.
+    """
+
+    def __init__(self, flow: Flow, constrain: Callable[[Plan, fx.Node], None]) -> None:
         self.flow = flow
         self.units = flow.units
         stays = flow.units.stays()
@@ -28,7 +33,7 @@ class Plan:
                 self._box(node, value)
             for node in flow.values:
                 if node.op == "call_function":
-                    flow.rules.of(node, flow).constrain(self, node)
+                    constrain(self, node)
 
     def _all(self) -> Iterator[tuple[fx.Node, Value]]:
         yield from self.flow.values.items()
@@ -70,4 +75,3 @@ class Plan:
         uneven = box & ~kept
         if uneven.any():
             self.restore(value.label[uneven], f"{name_of(node)} would be uneven without it")
-

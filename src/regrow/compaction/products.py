@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Rule, Value, along, any_but, fill, name_of, spread
+from regrow.compaction.flow import Flow, Value, along, any_but, even, fill, name_of, spread
 from regrow.compaction.plan import Plan
+from regrow.compaction.rule import Rule
 
 aten = torch.ops.aten
 
@@ -81,7 +82,7 @@ class Product(Rule):
         here = _rows(value.tensor, o.features)
         is_zero = (here == 0).all(1)
         doubtful = ~inputs & constant & reaches & ~is_zero
-        steady = (here == here[:, :1]).all(1)
+        steady = even(here, 1).all(1)
         plan.restore(labels[doubtful & ~steady], f"it is constant, but not the same everywhere, before {name_of(node)}")
         if o.padded:
             plan.restore(labels[doubtful], f"it is a constant that {name_of(node)} pads with zeros")
@@ -117,8 +118,9 @@ class Product(Rule):
 
     @staticmethod
     def _set(node: fx.Node, index: int, value: Any) -> None:
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        defaults = [a.default_value for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        target: Any = node.target
+        names = [a.name for a in target._schema.arguments]
+        defaults = [a.default_value for a in target._schema.arguments]
         if names[index] in node.kwargs:
             node.update_kwarg(names[index], value)
         else:
@@ -149,7 +151,7 @@ class Product(Rule):
 
 
 _TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
-_ORDER = {aten.addmm: (1, 2, 0)}
+_ORDER: dict[Any, tuple[int, int, int]] = {aten.addmm: (1, 2, 0)}
 
 
 def _pads(node: fx.Node, axes: int) -> bool:
@@ -166,11 +168,9 @@ def _reach(weight: Tensor, o: Operands) -> Tensor:
     if o.groups == 1:
         return reach
     # A weight of groups holds its own block of each: rows of all groups (or, transposed, columns) one after the other.
-    if o.out_axis == 0:
-        blocks = list(reach.chunk(o.groups, 0))
-    else:
-        blocks = list(reach.chunk(o.groups, 1))
-    return torch.block_diag(*blocks).bool()
+    blocks = reach.chunk(o.groups, o.out_axis)
+    full: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return full.bool()
 
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:
@@ -193,8 +193,10 @@ def _folded(edit: Edit, o: Operands, weight: Tensor, inputs: Tensor, outputs: Te
     constants = _rows(value.tensor, o.features)[gone, 0].double()
     if not constants.any():
         return None
-    sums = weight.double().movedim((o.out_axis, o.in_axis), (0, 1)).flatten(2).sum(2) if weight.dim() > 2 else (
-        weight.double() if o.out_axis == 0 else weight.double().t()
+    sums = (
+        weight.double().movedim((o.out_axis, o.in_axis), (0, 1)).flatten(2).sum(2)
+        if weight.dim() > 2
+        else (weight.double() if o.out_axis == 0 else weight.double().t())
     )
     folded = sums[outputs][:, gone] @ constants
     return folded if folded.any() else None

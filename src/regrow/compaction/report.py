@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import fx
 
 from regrow.compaction.flow import any_but
 from regrow.compaction.plan import Plan
@@ -21,11 +22,12 @@ class Kept(NamedTuple):
 
     name: str
     """The weight."""
-    count: int
+    dead: int
     """How many of its outputs are constant or unused, and stay for this reason."""
     outputs: int
     """How many outputs it has."""
     reason: str
+    """Why they stay."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Report:
         ]
         before, after = self.parameters
         lines = [table(["parameter", "before", "after"], [*rows, ["entries", f"{before:,}", f"{after:,}"]])]
-        lines += [f"{k.name}: {k.count:,} of {k.outputs:,} outputs are dead and stay: {k.reason}" for k in self.kept]
+        lines += [f"{k.name}: {k.dead:,} of {k.outputs:,} outputs are dead and stay: {k.reason}" for k in self.kept]
         return "\n".join(lines)
 
 
@@ -63,11 +65,11 @@ def _text(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else " x ".join(map(str, shape))
 
 
-def kept(plan: Plan) -> tuple[Kept, ...]:
+def kept(plan: Plan, origin_of: Callable[[fx.Node], tuple[fx.Node, int] | None]) -> tuple[Kept, ...]:
     """What is dead in a graph from which nothing more can go, weight by weight."""
     flow, said, found = plan.flow, plan.units.reasons(), []
     for node in flow.values:
-        origin = flow.rules.of(node, flow).origin(flow, node) if node.op == "call_function" else None
+        origin = origin_of(node) if node.op == "call_function" else None
         if origin is None:
             continue
         weight, axis = origin

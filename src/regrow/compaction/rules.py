@@ -16,9 +16,9 @@ from regrow.compaction.elements import (
     normalized,
     one_axis,
 )
-from regrow.compaction.flow import Rule, Rules
-from regrow.compaction.moves import Move, Pad, Resize, Select, Slice
+from regrow.compaction.moves import Move, Pad, Resize, Select, Slice, Squeeze
 from regrow.compaction.products import Product
+from regrow.compaction.rule import Rule, Rules
 
 aten = torch.ops.aten
 
@@ -33,8 +33,9 @@ _ROWS: list[tuple[Rule, list[str]]] = [
     (Window(2), ["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d"]),
     (Window(3), ["max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d", "upsample_trilinear3d"]),
     (Lookup(), ["embedding"]),
-    (Move(), ["permute", "transpose", "t", "squeeze", "unsqueeze", "cat", "stack", "clone", "contiguous", "detach"]),
+    (Move(), ["permute", "transpose", "t", "unsqueeze", "cat", "stack", "clone", "contiguous", "detach"]),
     (Move(), ["alias", "dropout"]),
+    (Squeeze(), ["squeeze"]),
     (Resize(), ["view", "_unsafe_view", "reshape", "expand"]),
     (Slice(), ["slice"]),
     (Select(), ["select"]),

@@ -27,7 +27,7 @@ class Units:
         self.why = torch.zeros(1, dtype=torch.int64)
         """The number of what is said of a label, 0 for nothing."""
         self.words = [""]
-        self.pin(self.parent, "it is not made by a weight")
+        self.bound[FREE] = True
 
     def fresh(self, count: int) -> Tensor:
         """(count,) int64 labels of classes of their own."""
@@ -45,7 +45,7 @@ class Units:
         """Join the classes of a and b (same shape), element by element."""
         a, b = distinct(a, b)
         if why is not None:
-            self._say(a, why)
+            self.tell(a, why)
         pairs = self.find(torch.stack([a.reshape(-1), b.reshape(-1)]))
         while pairs.numel():
             pairs = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
@@ -60,8 +60,15 @@ class Units:
         """Say that these must stay, and why."""
         (labels,) = distinct(labels)
         self.why[labels[~self.bound[labels]]] = 0
-        self._say(labels, why)
+        self.tell(labels, why)
         self.bound[labels] = True
+
+    def tell(self, labels: Tensor, why: str) -> None:
+        """Keep what is said of labels of which nothing was said."""
+        if why not in self.words:
+            self.words.append(why)
+        said = self.why[labels]
+        self.why[labels] = torch.where(said == 0, self.words.index(why), said)
 
     def stays(self) -> Tensor:
         """(labels,) bool: the least labels of the classes of which something must stay."""
@@ -76,12 +83,6 @@ class Units:
             most = torch.zeros_like(why).scatter_reduce_(0, self.parent, said, "amax")
             number = torch.where(most > 0, most, number)
         return [self.words[n] if n else None for n in number.tolist()]
-
-    def _say(self, labels: Tensor, why: str) -> None:
-        if why not in self.words:
-            self.words.append(why)
-        said = self.why[labels]
-        self.why[labels] = torch.where(said == 0, self.words.index(why), said)
 
 
 def distinct(*tensors: Tensor) -> list[Tensor]:
