@@ -72,9 +72,9 @@ def compact(model: nn.Module, example: Any, *, dynamic_shapes: Any = None) -> Co
     """
     given = arguments(example)
     with dense(model) as whole:
-        module = trace(whole, given, dynamic_shapes)
-        before = shapes(whole)
         expected = _run(whole, given)
+        before = shapes(whole)
+        module = trace(whole, given, dynamic_shapes)
     with next((p.device for p in model.parameters()), torch.device("cpu")):
         plan = _shrink(module, pytree.tree_leaves(given))
     small = Compacted(module, module.graph)
