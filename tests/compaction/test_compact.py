@@ -29,7 +29,7 @@ def _seeded_float64():
 
 
 def alive_of_chain(weights: Sequence[np.ndarray]) -> list[int]:
-    """How many outputs of each layer of a chain live: some path from an input ends there, and one from there leads out."""
+    """How many outputs of each layer live: a path from an input ends there, and one from there leads to an output."""
     there = [np.ones(weights[0].shape[1], bool)]
     for w in weights:
         there.append((w != 0) @ there[-1] > 0)
@@ -161,7 +161,8 @@ def test_padding_that_repeats_keeps_a_constant_constant():
 def test_depthwise_grouped_and_transposed_convolutions():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 16, 3, groups=8), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1),
-        nn.Conv2d(8, 12, 3, groups=4), nn.PReLU(12), nn.ConvTranspose2d(12, 6, 2, bias=False), nn.ReLU(), nn.Conv2d(6, 2, 1),
+        nn.Conv2d(8, 12, 3, groups=4), nn.PReLU(12), nn.ConvTranspose2d(12, 6, 2, bias=False), nn.ReLU(),
+        nn.Conv2d(6, 2, 1),
     )  # fmt: skip
     with torch.no_grad():
         model[0].weight[[1, 4, 6]] = 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import argument
-from regrow.compaction.flow import Flow, Value, even, fill, name_of, varies
+from regrow.compaction.flow import Flow, Value, anywhere, even, everywhere, fill, name_of, varies
 from regrow.compaction.plan import Plan
 from regrow.compaction.rule import Rule
 
@@ -28,7 +28,7 @@ class MatMul(Rule):
         a, b = (flow.values[n] for n in sources)
         if varies(a.label, -1) or varies(b.label, -2):
             head = one_unit(flow, a.label, b.label, name_of(node))
-            known = a.known.all(-1, keepdim=True) & b.known.all(-2, keepdim=True)
+            known = everywhere(a.known, -1) & everywhere(b.known, -2)
             return Value(out, known, head.expand(out.shape))
         if varies(a.label, -2):
             return super().forward(flow, node, out)
@@ -40,8 +40,8 @@ class MatMul(Rule):
         if len(sources) != 2 or sources != list(node.args) or not self._fits(flow, node):
             return super().backward(flow, node, needed)
         a, b = (flow.values[n].tensor for n in sources)
-        flow.use(sources[0], needed.any(-1, keepdim=True).expand(a.shape))
-        flow.use(sources[1], needed.any(-2, keepdim=True).expand(b.shape))
+        flow.use(sources[0], anywhere(needed, -1).expand(a.shape))
+        flow.use(sources[1], anywhere(needed, -2).expand(b.shape))
 
     def constrain(self, plan: Plan, node: fx.Node) -> None:
         """A matrix stays in both factors or in none."""
@@ -83,10 +83,10 @@ class Attention(Rule):
         sources = self._sources(flow, node)
         if sources is None:
             return super().backward(flow, node, needed)
-        head = needed.any(-1, keepdim=True).any(-2, keepdim=True)
+        head = anywhere(needed, -1, -2)
         for source in sources[:2]:
             flow.use(source, head.expand(flow.raw[source].shape))
-        flow.use(sources[2], needed.any(-2, keepdim=True).expand(flow.raw[sources[2]].shape))
+        flow.use(sources[2], anywhere(needed, -2).expand(flow.raw[sources[2]].shape))
         if (mask := argument(node, 3)) in flow.values:
             flow.use(mask, fill(flow.raw[mask], True))
 
@@ -132,7 +132,7 @@ def weighed(values: Value, sums: bool) -> Tensor:
     """(..., 1, features) whether a weighed mean of values (..., keys, features) is constant."""
     tensor = values.tensor
     same = even(tensor, -2) if sums else (tensor == 0)
-    return (values.known & same).all(-2, keepdim=True)
+    return everywhere(values.known & same, -2)
 
 
 def sums_to_one(node: fx.Node) -> bool:

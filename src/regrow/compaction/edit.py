@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from regrow.compaction.flow import Flow, even
 from regrow.compaction.graph import tidy
 from regrow.compaction.plan import Plan
+from regrow.compaction.units import distinct
 
 aten = torch.ops.aten
 
@@ -128,7 +129,7 @@ def fold_constants(flow: Flow, is_pointwise: Callable[[fx.Node], bool]) -> bool:
             continue
         for source in flow.sources(node):
             others = [flow.values[n].tensor.shape for n in flow.sources(node) if n is not source]
-            if not flow.values[source].known.all() or value.tensor.shape not in others:
+            if not distinct(flow.values[source].known)[0].all() or value.tensor.shape not in others:
                 continue
             constant = _collapsed(flow.values[source].tensor, source.meta.get("dynamic", ()))
             if constant is not None:

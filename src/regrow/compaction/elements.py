@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Value, fill, name_of, spread, varies
+from regrow.compaction.flow import Flow, Value, anywhere, everywhere, fill, name_of, spread, varies
 from regrow.compaction.rule import Rule
+from regrow.compaction.units import lean
 
 aten = torch.ops.aten
 
@@ -46,14 +47,14 @@ class Pointwise(Rule):
     def _known(flow: Flow, node: fx.Node, out: Tensor) -> Tensor:
         known = fill(out, True)
         for source in flow.sources(node):
-            known = known & flow.values[source].known
+            known = _both(known, flow.values[source].known.expand(out.shape))
         if getattr(node.target, "overloadpacket", None) is aten.mul:
             for operand in node.args:
                 factor = flow.raw[operand] if isinstance(operand, fx.Node) else operand
-                if isinstance(factor, Tensor):
+                if isinstance(factor, Tensor) and (factor == 0).any():
                     sure = flow.values[operand].known if operand in flow.values else True
-                    known = known | ((factor == 0) & sure)
-        return known.expand(out.shape)
+                    known = known | ((factor == 0) & sure).expand(out.shape)
+        return known
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """What is used of an operand is used at its place."""
@@ -70,6 +71,10 @@ class Pointwise(Rule):
             node.replace_input_with(leaf, edit.cut(leaf, cuts))
 
 
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    return lean(torch.logical_and, a, b)
+
+
 class Channelwise(Rule):
     """One parameter for each channel, axis 1: batch norm with running statistics, PReLU."""
 
@@ -81,7 +86,7 @@ class Channelwise(Rule):
         value, known = flow.values[x], flow.values[x].known
         scale = node.args[1] if getattr(node.target, "overloadpacket", None) is aten.batch_norm else None
         if isinstance(scale, fx.Node):
-            known = known | spread(flow.raw[scale] == 0, 1, out)
+            known = lean(torch.logical_or, known, spread(flow.raw[scale] == 0, 1, out))
         return Value(out, known, value.label)
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
@@ -111,7 +116,7 @@ class Together(Rule):
         label, known = value.label, value.known
         for axis in self.axes(node, out.dim()):
             flow.units.tie(label, label.narrow(axis, 0, 1).expand(label.shape), f"{name_of(node)} runs over it")
-            known = known.all(axis, keepdim=True)
+            known = everywhere(known, axis)
         scale = argument(node, 2) if self.axes is normalized else None
         if isinstance(scale, fx.Node):
             known = known | (flow.raw[scale] == 0)
@@ -120,7 +125,7 @@ class Together(Rule):
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """All of them, where one is used."""
         for axis in self.axes(node, needed.dim()):
-            needed = needed.any(axis, keepdim=True)
+            needed = anywhere(needed, axis)
         flow.use(node.args[0], needed.expand(flow.raw[node].shape))
 
 
@@ -149,16 +154,16 @@ class GroupNorm(Rule):
         value = flow.values[x]
         flow.units.tie(value.label, _group_wise(value.label, groups), f"{name_of(node)} runs over its group")
         split = value.known.reshape(out.shape[0], groups, -1)
-        known = split.all(2, keepdim=True).expand(split.shape).reshape(out.shape)
+        known = everywhere(split, 2).expand(split.shape).reshape(out.shape)
         scale = argument(node, 2)
         if isinstance(scale, fx.Node):
-            known = known | spread(flow.raw[scale] == 0, 1, out)
+            known = lean(torch.logical_or, known, spread(flow.raw[scale] == 0, 1, out))
         return Value(out, known, value.label)
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """The whole group, where one channel is used."""
         split = needed.reshape(needed.shape[0], argument(node, 1), -1)
-        flow.use(node.args[0], split.any(2, keepdim=True).expand(split.shape).reshape(needed.shape))
+        flow.use(node.args[0], anywhere(split, 2).expand(split.shape).reshape(needed.shape))
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """Fewer groups."""
@@ -189,7 +194,7 @@ class Reduction(Rule):
             return super().forward(flow, node, out)
         known, label = value.known, value.label
         for axis in axes:
-            known, label = known.all(axis, keepdim=True), label.narrow(axis, 0, 1)
+            known, label = everywhere(known, axis), label.narrow(axis, 0, 1)
         if not keep:
             known, label = (t.squeeze(tuple(axes)) for t in (known, label))
         return Value(out, known, label)
@@ -225,13 +230,13 @@ class Window(Rule):
         for axis in range(-self.axes, 0):
             first = label.narrow(axis, 0, 1)
             flow.units.tie(label, first.expand(label.shape), f"{name_of(node)} mixes it with others")
-            label, known = first, known.all(axis, keepdim=True)
+            label, known = first, everywhere(known, axis)
         return Value(out, known.expand(out.shape), label.expand(out.shape))
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """The whole channel."""
         for axis in range(-self.axes, 0):
-            needed = needed.any(axis, keepdim=True)
+            needed = anywhere(needed, axis)
         flow.use(node.args[0], needed.expand(flow.raw[node.args[0]].shape))
 
 
@@ -269,5 +274,5 @@ def gather(needed: Tensor, shape: Sequence[int]) -> Tensor:
         needed = needed.any(0)
     for axis, size in enumerate(shape):
         if size != needed.shape[axis]:
-            needed = needed.any(axis, keepdim=True)
+            needed = anywhere(needed, axis)
     return needed

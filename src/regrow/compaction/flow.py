@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
-from regrow.compaction.units import Units, distinct
+from regrow.compaction.units import Units, distinct, lean
 
 
 class Value(NamedTuple):
@@ -80,7 +80,7 @@ class Flow:
     def use(self, node: Any, where: Tensor) -> None:
         """Mark elements of a node as used."""
         if node in self.values:
-            self.used[node] = where if node not in self.used else self.used[node] | where
+            self.used[node] = where if node not in self.used else lean(torch.logical_or, self.used[node], where)
 
     def pin_inputs(self, node: fx.Node) -> None:
         """All that a node is given stays."""
@@ -95,7 +95,7 @@ class Flow:
     def needed(self, node: fx.Node) -> Tensor:
         """Which elements of a node are used and not constant."""
         value = self.values[node]
-        return self.used.get(node, fill(value.tensor, False)) & ~value.known
+        return lean(lambda used, known: used & ~known, self.used.get(node, fill(value.tensor, False)), value.known)
 
     def _forward(self, node: fx.Node, given: Any) -> None:
         if node.op == "placeholder":
@@ -132,7 +132,7 @@ class Flow:
     def _backward(self, node: fx.Node) -> None:
         if node.op == "output" or (node.op == "call_function" and node not in self.values and node not in self.leaves):
             self.use_inputs(node)
-        elif node.op == "call_function" and node in self.values and (needed := self.needed(node)).any():
+        elif node.op == "call_function" and node in self.values and distinct(needed := self.needed(node))[0].any():
             self.rule(node).backward(self, node, needed)
 
 
@@ -191,11 +191,29 @@ def even(tensor: Tensor, axis: int) -> Tensor:
     return (tensor - first).abs() <= 16 * torch.finfo(tensor.dtype).eps * first.abs()
 
 
+def anywhere(where: Tensor, *axes: int) -> Tensor:
+    """`where.any` over axes that keep size 1, reading each different element once."""
+    for axis in axes:
+        where = where.narrow(axis, 0, 1) if where.stride(axis) == 0 else where.any(axis, keepdim=True)
+    return where
+
+
+def everywhere(where: Tensor, *axes: int) -> Tensor:
+    """`where.all` over axes that keep size 1, reading each different element once."""
+    for axis in axes:
+        where = where.narrow(axis, 0, 1) if where.stride(axis) == 0 else where.all(axis, keepdim=True)
+    return where
+
+
 def any_but(where: Tensor, axis: int) -> Tensor:
     """(size,) whether anything is true at each index of an axis."""
-    return where.movedim(axis, 0).reshape(where.shape[axis], -1).any(1)
+    where = where.movedim(axis, 0)
+    for other in range(1, where.dim()):
+        if where.stride(other) == 0 and where.shape[other]:
+            where = where.narrow(other, 0, 1)
+    return where.reshape(len(where), -1).any(1)
 
 
 def all_but(where: Tensor, axis: int) -> Tensor:
     """(size,) whether all is true at each index of an axis."""
-    return ~any_but(~where, axis)
+    return ~any_but(lean(torch.logical_not, where), axis)

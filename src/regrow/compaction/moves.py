@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Value, any_but, fill, spread, varies
+from regrow.compaction.flow import Flow, Value, any_but, anywhere, everywhere, fill, spread, varies
 from regrow.compaction.plan import Plan
 from regrow.compaction.rule import Rule
 
@@ -161,7 +161,7 @@ class Pad(Rule):
                 flow.units.tie(label, label.narrow(axis, 0, 1).expand(label.shape), "padding repeats it")
                 label = label.narrow(axis, 0, 1).expand(size)
             if not self._numbers(node):
-                known = known.all(axis, keepdim=True).expand(size)
+                known = everywhere(known, axis).expand(size)
         if self._numbers(node):
             known = torch.constant_pad_nd(known, sizes, True)
         return Value(out, known, label)
@@ -174,7 +174,7 @@ class Pad(Rule):
             else:
                 size = list(needed.shape)
                 size[axis] -= low + high
-                needed = needed.any(axis, keepdim=True).expand(size)
+                needed = anywhere(needed, axis).expand(size)
         flow.use(node.args[0], needed)
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:

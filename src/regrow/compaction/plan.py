@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.flow import Flow, Value, any_but, fill, name_of
+from regrow.compaction.units import distinct, lean
 
 
 class Plan:
@@ -23,8 +24,8 @@ class Plan:
         self.units = flow.units
         stays = flow.units.stays()
         for node, value in self._all():
-            live = flow.units.find(value.label[~self.dead(node, value)])
-            stays[live] = True
+            label, dead = distinct(value.label, self.dead(node, value))
+            stays[flow.units.find(label[~dead])] = True
         self.gone = ~stays & (flow.units.parent == torch.arange(len(stays)))
         self.changed = True
         while self.changed:
@@ -43,11 +44,12 @@ class Plan:
         """Which elements are constant or unused."""
         if self.flow.values.get(node) is not value:
             return value.known
-        return value.known | ~self.flow.used.get(node, fill(value.tensor, False))
+        used = self.flow.used.get(node, fill(value.tensor, False))
+        return lean(lambda known, used: known | ~used, value.known, used)
 
     def kept(self, value: Value) -> Tensor:
         """Which elements of a tensor stay."""
-        return ~self.gone[self.units.find(value.label)]
+        return lean(lambda label: ~self.gone[self.units.find(label)], value.label)
 
     def axis(self, node: fx.Node, axis: int) -> Tensor:
         """(size,) which indices along an axis of a node stay."""
@@ -63,10 +65,11 @@ class Plan:
             self.changed = True
 
     def _box(self, node: fx.Node, value: Value) -> None:
-        kept = self.kept(value)
+        (label,) = distinct(value.label)
+        kept = ~self.gone[self.units.find(label)]
         if kept.numel() and not kept.any():
-            self.restore(value.label.reshape(-1)[:1], f"{name_of(node)} would have nothing left")
-            kept = self.kept(value)
+            self.restore(label.reshape(-1)[:1], f"{name_of(node)} would have nothing left")
+            kept = ~self.gone[self.units.find(label)]
         box = torch.ones((), dtype=torch.bool)
         for axis in range(kept.dim()):
             shape = [1] * kept.dim()
@@ -74,4 +77,4 @@ class Plan:
             box = box & any_but(kept, axis).view(shape)
         uneven = box & ~kept
         if uneven.any():
-            self.restore(value.label[uneven], f"{name_of(node)} would be uneven without it")
+            self.restore(label[uneven], f"{name_of(node)} would be uneven without it")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Value, along, any_but, even, fill, name_of, spread
+from regrow.compaction.flow import Flow, Value, all_but, along, any_but, even, fill, name_of, spread
 from regrow.compaction.plan import Plan
 from regrow.compaction.rule import Rule
 
@@ -46,7 +46,7 @@ class Product(Rule):
         first = along(value.label, o.features)
         flow.units.tie(value.label, spread(first, o.features, value.label))
         reach = _reach(flow.raw[o.weight], o)
-        varying = any_but(~value.known, o.features)
+        varying = ~all_but(value.known, o.features)
         known = ~(reach & varying).any(1)
         labels = flow.units.fresh(len(known))
         return Value(out, spread(known, o.features, out), spread(labels, o.features, out))
@@ -78,14 +78,13 @@ class Product(Rule):
             return
         used = any_but(plan.flow.used.get(node, fill(plan.flow.raw[node], False)), o.features) & outputs
         reaches = (_reach(plan.flow.raw[o.weight], o) & used[:, None]).any(0)
-        constant = ~any_but(~value.known, o.features)
-        here = _rows(value.tensor, o.features)
-        is_zero = (here == 0).all(1)
-        doubtful = ~inputs & constant & reaches & ~is_zero
-        steady = even(here, 1).all(1)
-        plan.restore(labels[doubtful & ~steady], f"it is constant, but not the same everywhere, before {name_of(node)}")
+        constant = all_but(value.known, o.features)
+        folded = ~inputs & constant & reaches
+        here, labels = _rows(value.tensor.movedim(o.features, 0)[folded], 0), labels[folded]
+        steady, is_zero = even(here, 1).all(1), (here == 0).all(1)
+        plan.restore(labels[~steady], f"it is constant, but not the same everywhere, before {name_of(node)}")
         if o.padded:
-            plan.restore(labels[doubtful], f"it is a constant that {name_of(node)} pads with zeros")
+            plan.restore(labels[~is_zero], f"it is a constant that {name_of(node)} pads with zeros")
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """Fewer rows and columns; constants that go into the bias."""
@@ -175,7 +174,7 @@ def _reach(weight: Tensor, o: Operands) -> Tensor:
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:
     """(features, everything else)."""
-    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+    return tensor.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 
 def _keep_groups_whole(plan: Plan, node: fx.Node, o: Operands, inputs: Tensor, outputs: Tensor) -> None:
@@ -189,8 +188,8 @@ def _keep_groups_whole(plan: Plan, node: fx.Node, o: Operands, inputs: Tensor, o
 def _folded(edit: Edit, o: Operands, weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor | None:
     """What constants that go add to the outputs that stay, in float64; None for nothing."""
     value = edit.flow.values[o.x]
-    gone = ~inputs & ~any_but(~value.known, o.features)
-    constants = _rows(value.tensor, o.features)[gone, 0].double()
+    gone = ~inputs & all_but(value.known, o.features)
+    constants = along(value.tensor, o.features)[gone].double()
     if not constants.any():
         return None
     sums = (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from regrow.compaction.flow import any_but
+from regrow.compaction.flow import all_but, along
 from regrow.compaction.plan import Plan
 from regrow.core.text import table
 
@@ -74,8 +74,8 @@ def kept(plan: Plan, origin_of: Callable[[fx.Node], tuple[fx.Node, int] | None])
             continue
         weight, axis = origin
         value = flow.values[node]
-        dead = ~any_but(~plan.dead(node, value), axis)
-        roots = plan.units.find(value.label.movedim(axis, 0).reshape(len(dead), -1)[:, 0])[dead]
+        dead = all_but(plan.dead(node, value), axis)
+        roots = plan.units.find(along(value.label, axis))[dead]
         name = str(weight.target) if weight.op == "get_attr" else weight.name
         reasons = [said[r] or "it goes with others that live" for r in roots.tolist()]
         found += [Kept(name, reasons.count(r), len(dead), r) for r in dict.fromkeys(reasons)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,11 @@ class Units:
             most = torch.zeros_like(why).scatter_reduce_(0, self.parent, said, "amax")
             number = torch.where(most > 0, most, number)
         return [self.words[n] if n else None for n in number.tolist()]
+
+
+def lean(apply: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """What an element-wise function makes of tensors of one shape, each different element once."""
+    return apply(*distinct(*tensors)).expand(tensors[0].shape)
 
 
 def distinct(*tensors: Tensor) -> list[Tensor]:
