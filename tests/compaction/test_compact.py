@@ -151,6 +151,14 @@ def test_a_constant_before_padding_stays_and_is_listed_unless_it_is_zero(constan
     )
 
 
+def test_a_constant_that_only_constants_read_is_not_lost_at_the_border():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(5), nn.Flatten(), nn.Linear(4, 3)
+    )
+    nn.init.zeros_(model[0].weight)
+    checked(model, torch.randn(2, 2, 5, 5))
+
+
 def test_padding_that_repeats_keeps_a_constant_constant():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Conv2d(6, 4, 3, padding=1, padding_mode="replicate"))
     with torch.no_grad():

@@ -76,7 +76,9 @@ class Product(Rule):
         if o.groups > 1:
             _keep_groups_whole(plan, node, o, inputs, outputs)
             return
-        used = any_but(plan.flow.used.get(node, fill(plan.flow.raw[node], False)), o.features) & outputs
+        # A constant output that stays must be right even if nothing varies with it: its value may be folded further on.
+        used = any_but(plan.flow.used.get(node, fill(plan.flow.raw[node], False)), o.features)
+        used = outputs & (used | any_but(plan.flow.values[node].known, o.features))
         reaches = (_reach(plan.flow.raw[o.weight], o) & used[:, None]).any(0)
         constant = all_but(value.known, o.features)
         folded = ~inputs & constant & reaches
