@@ -16,7 +16,7 @@ class Units:
 
     Examples:
         >>> units = Units()
-        >>> first, second = units.fresh(2, "a"), units.fresh(2, "b")
+        >>> first, second = units.fresh(2), units.fresh(2)
         >>> units.tie(first, second, "an addition")
         >>> bool((units.find(first) == units.find(second)).all())
         True
