@@ -21,6 +21,7 @@ FLOOR = {
     "nn": 3,
     "storage": 4,
     "engine": 5,
+    "compaction": 6,
     "files": 6,
     "metrics": 6,
     "tickets": 6,
