@@ -213,7 +213,6 @@ def test_has_kernels_knows_what_a_unit_of_a_convolution_is():
     assert not kernels.has_kernels(Topology((16, 6, 3, 3)))
     assert not kernels.has_kernels(Topology((16, 6, 3, 3), unit=(8, 2, 1, 1)))
     assert not kernels.has_kernels(Topology((16, 6, 3, 3), unit=(8, 1, 1, 3)))
-    assert not kernels.has_kernels(Topology((12, 6, 3, 3), unit=(8, 1, 1, 1)))
 
 
 def test_an_entry_by_itself_is_sampled_as_ever():

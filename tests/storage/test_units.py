@@ -74,10 +74,11 @@ def test_heads_come_and_go_whole(storage: str) -> None:
 
 
 def test_which_layers_run_on_kernels_of_units() -> None:
-    model = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 5), nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 8, 3))
+    image = [nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 8, 3), nn.ConvTranspose1d(8, 8, 3)]
+    model = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 5), *image)
     sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), rigl(groups(8)), storage="compressed")
     kinds = [type(layer.index()).__name__ for layer in model if isinstance(layer, sparse_nn.SparseModule)]
-    assert kinds == ["UnitIndex", "UnitIndex", "Index"]
+    assert kinds == ["UnitIndex", "UnitIndex", "UnitIndex", "Index"]
 
 
 def test_values_stand_unit_by_unit() -> None:

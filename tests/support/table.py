@@ -42,7 +42,6 @@ from regrow.parts import (
     mixed,
     nonzeros,
     random,
-    root_mean_square,
     survivors,
     taylor,
     unexplored_first,
@@ -273,22 +272,11 @@ METHODS: dict[str, Row] = {
     "synflow": Row(lambda: methods.synflow(DENSITY, rounds=10), conserving=True, own=True, severs=True),
     "force": Row(lambda: methods.force(DENSITY, rounds=4), conserving=True, own=True),
     "force-uniform": Row(lambda: methods.force(DENSITY, allocate=uniform), conserving=True, own=True, severs=True),
-    "static-units": Row(
-        lambda: methods.static(DENSITY, structure=blocks(1, 2)), conserving=True, own=True, draws=True, unit=2
-    ),
     "rigl-units": dynamic(lambda: methods.rigl(DENSITY, until=UNTIL, interval=INTERVAL, structure=groups(2)), unit=2),
     "set-units": dynamic(
         lambda: methods.set_(DENSITY, until=UNTIL, interval=INTERVAL, structure=blocks(2, 2, largest)),
         unit=4,
         severs=True,
-    ),
-    "snfs-units": dynamic(
-        lambda: methods.snfs(DENSITY, until=UNTIL, interval=INTERVAL, structure=groups(2, root_mean_square)),
-        own=False,
-        unit=2,
-    ),
-    "gse-units": dynamic(
-        lambda: methods.gse(DENSITY, until=UNTIL, interval=INTERVAL, structure=groups(2)), unit=2, severs=True
     ),
     "mest-units": Row(
         lambda: methods.mest(DENSITY, until=UNTIL, interval=5, fraction=0.5, soft=True, structure=groups(2)),
@@ -305,14 +293,10 @@ METHODS: dict[str, Row] = {
     "haste-units": dynamic(
         lambda: methods.haste(DENSITY, until=UNTIL, interval=INTERVAL, fraction=0.3, structure=groups(2)), unit=2
     ),
-    "haste": dynamic(lambda: methods.haste(DENSITY, until=UNTIL, interval=INTERVAL, fraction=0.3, structure=None)),
     "gmp-units": Row(
         lambda: methods.gmp(DENSITY, until=UNTIL, interval=INTERVAL, allocate=globally, structure=blocks(2, 2)), unit=4
     ),
     "snip-units": Row(lambda: methods.snip(DENSITY, structure=groups(2)), unit=2, severs=True),
-    "synflow-units": Row(
-        lambda: methods.synflow(DENSITY, rounds=5, structure=groups(2)), conserving=True, own=True, severs=True, unit=2
-    ),
     "dnw": learned(lambda: methods.dnw(DENSITY), conserving=True, own=True),
     "dnw-global": learned(lambda: methods.dnw(DENSITY, allocate=globally), conserving=True),
     "ste": learned(lambda: methods.ste(DENSITY, ramp=UNTIL, allocate=erk), falling=True),

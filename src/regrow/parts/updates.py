@@ -45,7 +45,7 @@ def prune_to(
     """Keep `total` entries of highest `score` within the counts of `allocate`; None leaves the total to it."""
     scores = [unit_scores(w, score) for w in weights]
     counts = allocate(weights, scores, total)
-    if len(weights) and not any(counts):
+    if not any(counts) and any(not w.topology.is_unstructured for w in weights):
         raise ValueError(
             f"{total or 0:,} of {weights.numel:,} entries are fewer than half of the smallest unit, of "
             f"{min(w.topology.unit_size for w in weights):,}: raise the density, or give smaller units"
