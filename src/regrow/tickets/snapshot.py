@@ -95,10 +95,10 @@ class Snapshot:
             )
         now = sparsifier.state_dict()
         for key in ("method", "shapes", "units", "storages"):
-            if now[key] != self.sparsifier.get(key, {}):
+            if now[key] != (then := self.sparsifier.get(key, {})):
                 raise ValueError(
-                    f"snapshot: its sparsifier had {key} {_brief(self.sparsifier[key], now[key])}, and this one has "
-                    f"{_brief(now[key], self.sparsifier[key])}: sparsify the same model in the same way first"
+                    f"snapshot: its sparsifier had {key} {_brief(then, now[key])}, and this one has "
+                    f"{_brief(now[key], then)}: sparsify the same model in the same way first"
                 )
         hidden = topology_entries(sparsifier.model)
         ours, theirs = _shapes(self.model, hidden), _shapes(sparsifier.model.state_dict(), hidden)
