@@ -182,6 +182,7 @@ def test_units_that_would_span_two_gates_are_refused() -> None:
     own = Units(lambda weight: (3, 1), regrow.parts.mean)
     with pytest.raises(ValueError, match=r"weight_ih_l0\[0\] is one of 3 blocks of 7 rows, and units of 3"):
         sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), rigl(own))
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def test_a_density_below_half_a_unit_is_refused() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import itertools
-import mmap
 import os
 import subprocess
 import sys
@@ -14,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from support import edges
 
 ISAS = ("plain", "avx2", "avx512")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -69,20 +68,6 @@ def require_untouched_edges(isa: str, script: str) -> None:
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
-EDGES = itertools.cycle((True, False))
-
-
 def at_edge(tensor: Tensor, around: float) -> Tensor:
-    """A copy of `tensor` that ends just before a protected page or, in turn, begins just after one."""
-    size, page = tensor.nbytes, mmap.PAGESIZE
-    if not size:
-        return tensor
-    before = next(EDGES)
-    pages = -(-size // page)
-    area = mmap.mmap(-1, (pages + 1) * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area)) + (pages * page if before else 0)
-    offset = pages * page - size if before else page
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
-    copy.copy_(tensor)
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), page, 0) == 0  # PROT_NONE
-    return copy
+    """As `within`, with memory that must not be touched instead of numbers around it."""
+    return edges.at_edge(tensor)

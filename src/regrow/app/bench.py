@@ -17,7 +17,7 @@ from regrow.app.machine import versions
 from regrow.app.peers import peers as makers_of_peers
 from regrow.core.draws import Stream
 from regrow.core.method import Units
-from regrow.core.text import table
+from regrow.core.text import by, table
 from regrow.core.topology import Topology
 from regrow.core.weight import Shaped
 from regrow.engine.discovery import Selector, find
@@ -97,10 +97,8 @@ class Layer:
 
     def __str__(self) -> str:
         equal = f" and {len(self.names) - 1} equal to it" if len(self.names) > 1 else ""
-        shapes = ", ".join(map(_by, self.shapes))
-        head = (
-            f"{self.names[0]}{equal}: {self.kind} {shapes}, input {_by(self.inputs)}, dense {1e3 * self.dense:.3g} ms"
-        )
+        shapes = ", ".join(map(by, self.shapes))
+        head = f"{self.names[0]}{equal}: {self.kind} {shapes}, input {by(self.inputs)}, dense {1e3 * self.dense:.3g} ms"
         rows = [[f"{d:g}", *(c for name in self.candidates for c in _cells(r, name))] for d, r in self.races.items()]
         heads = ["density", *(c for name in self.candidates for c in (f"{name} ms", "of dense"))]
         notes = [f"{name}: {note}" for name, note in self.notes.items()]
@@ -134,10 +132,6 @@ class Report:
         parts = [head, *map(str, self.layers), *(["\n".join(skipped)] if skipped else [])]
         foot = 'medians of a training step, forward and backward; "of dense" is the ratio of times'
         return "\n\n".join([*parts, foot])
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _cells(race: Race, name: str) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from regrow.app import folder, recipes
 from regrow.app.config import Config
 from regrow.app.models import MODELS, Shape, build
 from regrow.app.vocabulary import AROUND, RECIPES, known_options, options, paper, parse_units, summary
+from regrow.core.text import by
 from regrow.storage.stored import Storage
 
 DENSITY = "0.1"
@@ -473,9 +474,7 @@ def _show_result(result: dict[str, Any]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, layer in result["layers"].items():
-        table.add_row(
-            name, " x ".join(map(str, layer["shape"])), f"{layer['nnz'] / layer['numel']:.4f}", f"{layer['nnz']:,}"
-        )
+        table.add_row(name, by(layer["shape"]), f"{layer['nnz'] / layer['numel']:.4f}", f"{layer['nnz']:,}")
     table.add_section()
     table.add_row("all", "", f"{result['density']:.4f}", f"{result['nnz']:,}")
     _console.print(table)

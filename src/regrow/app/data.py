@@ -26,6 +26,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from regrow.core.text import by
+
 Split = tuple[Tensor, Tensor]
 
 _DIGITS_TEST = 360
@@ -318,8 +320,7 @@ def _read_idx(path: Path, rank: int) -> Tensor:
     dims = struct.unpack(f">{rank}I", raw[4:start])
     if math.prod(dims) != len(raw) - start:
         raise DataError(
-            f"{path} declares {' x '.join(map(str, dims))} = {math.prod(dims)} bytes but holds "
-            f"{len(raw) - start}: download it again."
+            f"{path} declares {by(dims)} = {math.prod(dims)} bytes but holds {len(raw) - start}: download it again."
         )
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=start).reshape(dims).copy())
 

@@ -68,6 +68,8 @@ STARTS: dict[str, Callable[[float], Start]] = {
     "prune_and_grow_structured": starts.prune_and_grow_structured,
 }
 """Starts from a trained model, by density."""
+UNITS: dict[str, Units | None] = {"rows": structures.rows, "columns": structures.columns, "none": None}
+"""What is active or inactive together, beside what takes a size: `parse_units`."""
 REDISTRIBUTIONS: dict[str, Statistic | None] = {
     "momentum": redistribution.mean_momentum,
     "magnitude": redistribution.mean_magnitude,
@@ -280,9 +282,8 @@ def parse_units(text: str) -> Units | None:
         >>> parse_units("rows") is structures.rows, parse_units("none")
         (True, None)
     """
-    named: dict[str, Units | None] = {"rows": structures.rows, "columns": structures.columns, "none": None}
-    if text in named:
-        return named[text]
+    if text in UNITS:
+        return UNITS[text]
     made: dict[tuple[str, int], Callable[..., Units]] = {
         ("groups", 1): structures.groups,
         ("heads", 1): structures.heads,
@@ -325,10 +326,8 @@ def _choose(values: Mapping[str, T], word: str) -> T:
 
 def _word(value: Any) -> Any:
     """The word that stands for a default value."""
-    if isinstance(value, Units):
-        return next((word for word in ("rows", "columns") if parse_units(word) == value), str(value.box))
-    for table in (ALLOCATIONS, ANNEALS, DROPS, GROWTHS, SCORES, REDISTRIBUTIONS, SWITCH):
+    for table in (ALLOCATIONS, ANNEALS, DROPS, GROWTHS, SCORES, REDISTRIBUTIONS, SWITCH, UNITS):
         for word, known in table.items():
             if known is value and value is not None:
                 return word
-    return value
+    return str(value.box) if isinstance(value, Units) else value

@@ -12,7 +12,7 @@ from torch import fx
 
 from regrow.compaction.flow import all_but, along
 from regrow.compaction.plan import Plan
-from regrow.core.text import table
+from regrow.core.text import by, table
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -62,7 +62,7 @@ class Report:
 
 
 def _text(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else " x ".join(map(str, shape))
+    return "none" if shape is None else by(shape)
 
 
 def kept(plan: Plan, origin_of: Callable[[fx.Node], tuple[fx.Node, int] | None]) -> tuple[Kept, ...]:

@@ -75,6 +75,24 @@ def by_unit(shape: Sequence[int], unit: Sequence[int], values: Tensor) -> Tensor
     return split.permute(*range(0, 2 * n, 2), *range(2 * n - 1, 0, -2)).reshape(-1, math.prod(unit))
 
 
+def by_index(shape: Sequence[int], axis: int, values: Tensor) -> Tensor:
+    """`values` (numel,) of a weight or grid of `shape` by their index along an axis, (size of it, others), a copy."""
+    return values.view(tuple(shape)).movedim(axis, 0).reshape(shape[axis], -1)
+
+
+def from_index(shape: Sequence[int], axis: int, values: Tensor) -> Tensor:
+    """The inverse of `by_index`: (size of the axis, others) -> (numel,).
+
+    Examples:
+        >>> by_index((2, 3), 1, torch.arange(6)).tolist()
+        [[0, 3], [1, 4], [2, 5]]
+        >>> from_index((2, 3), 1, by_index((2, 3), 1, torch.arange(6))).tolist()
+        [0, 1, 2, 3, 4, 5]
+    """
+    others = [size for a, size in enumerate(shape) if a != axis]
+    return values.view(shape[axis], *others).movedim(0, axis).reshape(-1)
+
+
 def in_rows(shape: Sequence[int], unit: Sequence[int], values: Tensor) -> Tensor:
     """The inverse of `by_unit` for a whole weight: (units, size of a unit) -> the weight's shape.
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.method import Method, Need
-from regrow.core.text import table
+from regrow.core.text import by, table
 from regrow.core.topology import Topology
 from regrow.core.weight import Weights
 from regrow.engine import claims
@@ -275,9 +275,9 @@ class Sparsifier:
             rate = f"{explored_entries(weight) / max(1, weight.topology.numel):.3f}" if known else ""
             t = weight.topology
             counts = [f"{t.density:.4f}", f"{t.nnz:,}"]
-            shape = _shape(weight.shape) + ("" if t.is_unstructured else f" in {_shape(t.unit)}")
+            shape = by(weight.shape) + ("" if t.is_unstructured else f" in {by(t.unit)}")
             rows.append([weight.name, shape, *counts, storages[weight.name], rate])
-        rows += [[e.name, _shape(e.shape), "1", f"{e.numel:,}", "", e.reason] for e in self.excluded]
+        rows += [[e.name, by(e.shape), "1", f"{e.numel:,}", "", e.reason] for e in self.excluded]
         return head + "\n" + table(["layer", "shape", "density", "active", "storage", "explored"], rows)
 
 
@@ -300,7 +300,3 @@ class _Shown:
 
     def __reduce__(self) -> tuple[type[_Shown], tuple[()]]:
         return _Shown, ()
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

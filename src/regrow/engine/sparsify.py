@@ -115,8 +115,8 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     memory = _memory(update_memory, storage)
     outside = sum(e.numel for e in excluded if e.in_budget) if budget == "model" else 0
     held = drafts(places, method, memory)
-    divide(held, method)
     with torch.no_grad(), _let_go_on_error(held):
+        divide(held, method)
         _start(model, held, method, source, outside, seed)
         if calls is not None:
             held[:] = faster(held, calls)

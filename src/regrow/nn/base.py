@@ -310,7 +310,7 @@ class SparseModule(nn.Module):
         parts = []
         for name, shape in self.shapes.items():
             label = "" if name == "weight" else f"{name}: "
-            unit = f" in units of {' x '.join(map(str, self.units[name]))}" if name in self.units else ""
+            unit = f" in units of {by(self.units[name])}" if name in self.units else ""
             parts.append(f"{label}{self.nnz(name):,} of {math.prod(shape):,} active{unit}")
         return ", ".join(parts)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from regrow.core import selection
 from regrow.core.method import Field, Growth, Need, Statistic
 from regrow.core.topology import Topology
-from regrow.core.units import by_unit
+from regrow.core.units import by_index, by_unit, from_index
 from regrow.core.weight import SparseWeight
 from regrow.parts import drops
 from regrow.parts.allocation import apportion
@@ -74,9 +74,7 @@ def at_random_where_lost(weight: SparseWeight, taken: Topology, count: int) -> T
     for output in lost.nonzero().view(-1).tolist():
         free = (~kept[output]).nonzero().view(-1)
         grown[output, free[torch.from_numpy(weight.generator.subset(free.numel(), int(lost[output])))]] = True
-    grid = list(taken.grid)
-    first = grid.pop(weight.out_axis)
-    return grown.view(first, *grid).movedim(0, weight.out_axis).reshape(-1).nonzero().view(-1)
+    return from_index(taken.grid, weight.out_axis, grown).nonzero().view(-1)
 
 
 def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
@@ -314,7 +312,7 @@ def _by_output(weight: SparseWeight, topology: Topology) -> Tensor:
     """Which units are active at each output, or at each row of units, bool (outputs, units of one) on the CPU."""
     mask = torch.zeros(topology.places, dtype=torch.bool)
     mask[topology.indices.cpu()] = True
-    return mask.view(topology.grid).movedim(weight.out_axis, 0).reshape(topology.grid[weight.out_axis], -1)
+    return by_index(topology.grid, weight.out_axis, mask)
 
 
 def _neuron_of(weight: SparseWeight) -> Callable[[Tensor], Tensor]:

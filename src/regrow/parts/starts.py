@@ -15,6 +15,7 @@ from regrow.core.checks import require_density, require_fraction
 from regrow.core.method import Allocation, Probe, Score, Start, Structure
 from regrow.core.text import by
 from regrow.core.topology import Topology, fan_in_scale
+from regrow.core.units import from_index
 from regrow.core.weight import SparseWeight, Weights
 from regrow.parts.allocation import globally, uniform
 from regrow.parts.drops import share
@@ -76,8 +77,7 @@ def random_fan_in(density: float | None, allocate: Allocation) -> Start:
         mask = torch.zeros(outputs, size, dtype=torch.bool)
         for output, fan_in in enumerate(fan_ins):
             mask[output, torch.from_numpy(weight.generator.subset(size, fan_in))] = True
-        others = [n for axis, n in enumerate(whole.grid) if axis != weight.out_axis]
-        return whole.at(mask.view(outputs, *others).movedim(0, weight.out_axis).reshape(-1).nonzero().view(-1))
+        return whole.at(from_index(whole.grid, weight.out_axis, mask).nonzero().view(-1))
 
     def make(weights: Weights, probe: Probe) -> None:
         counts = allocate(weights, None, None if density is None else weights.total(density))

@@ -18,7 +18,7 @@ from torch import Tensor
 from regrow.core import selection
 from regrow.core.method import Structure, Units
 from regrow.core.topology import Topology
-from regrow.core.units import Pool, by_unit, mean
+from regrow.core.units import Pool, by_index, by_unit, from_index, mean
 from regrow.core.weight import Sized, SparseWeight
 
 
@@ -270,13 +270,12 @@ def outputs_of(positions: Tensor, shape: Sequence[int], out_axis: int) -> Tensor
 
 def by_output(weight: SparseWeight, values: Tensor) -> Tensor:
     """`values` (numel,) as (outputs, entries of one), positions ascending in each."""
-    return values.view(weight.shape).movedim(weight.out_axis, 0).reshape(weight.shape[weight.out_axis], -1)
+    return by_index(weight.shape, weight.out_axis, values)
 
 
 def of_outputs(weight: SparseWeight, chosen: Tensor) -> Topology:
     """The topology of what is `chosen`, bool (outputs, entries of one)."""
-    moved = chosen.view([weight.shape[weight.out_axis], *_without(weight.shape, weight.out_axis)])
-    return _topology(weight, moved.movedim(0, weight.out_axis))
+    return _topology(weight, from_index(weight.shape, weight.out_axis, chosen))
 
 
 def best_of_each(score: Tensor, counts: Tensor) -> Tensor:
