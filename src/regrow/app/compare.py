@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 
 from regrow.app import folder, loop, pictures
 from regrow.app.config import Config, resolved, write_text
-from regrow.app.vocabulary import AROUND, RECIPES, options
+from regrow.app.vocabulary import AROUND, options, parse_method
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def plan(
     Raises:
         ValueError: for an unknown method, or an option that no method has.
     """
-    parsed, outer = [_spec(spec) for spec in specs], options(AROUND)
+    parsed, outer = [parse_method(spec) for spec in specs], options(AROUND)
     for name in shared:
         if name not in outer and not any(name in options(method) for method, _ in parsed):
             raise ValueError(f"none of {', '.join(m for m, _ in parsed)} has an option {name}")
@@ -75,17 +74,6 @@ def plan(
     if twice or not jobs:
         raise ValueError(f"a comparison needs different runs, and {', '.join(twice) or 'none'} would be made twice")
     return jobs
-
-
-def _spec(spec: str) -> tuple[str, dict[str, str]]:
-    method, _, text = spec.partition(":")
-    if method not in RECIPES:
-        raise ValueError(
-            f"there is no method {method!r}: choose {', '.join(RECIPES)}; separate by spaces where one has options"
-        )
-    # Not at the comma of blocks(4,4).
-    pairs = [part.partition("=") for part in re.split(r",(?![^(]*\))", text) if part]
-    return method, {name.replace("-", "_"): value for name, _, value in pairs}
 
 
 def check(jobs: Sequence[Job]) -> None:

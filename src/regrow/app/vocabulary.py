@@ -275,6 +275,22 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
     raise TypeError(f"the command line has no words for options of type {hint}: add them to regrow.app.vocabulary")
 
 
+def parse_method(text: str) -> tuple[str, dict[str, str]]:
+    """A method and its options as typed, from "rigl:structure=groups(8),interval=50".
+
+    Raises:
+        ValueError: for an unknown method, naming all.
+    """
+    method, _, given = text.partition(":")
+    if method not in RECIPES:
+        raise ValueError(
+            f"there is no method {method!r}: choose {', '.join(RECIPES)}; separate by spaces where one has options"
+        )
+    # Not at the comma of blocks(4,4).
+    pairs = [part.partition("=") for part in re.split(r",(?![^(]*\))", given) if part]
+    return method, {name.replace("-", "_"): value for name, _, value in pairs}
+
+
 def parse_units(text: str) -> Units | None:
     """What is active or inactive together: groups(G), blocks(H,W), heads(N), rows, columns or none.
 
