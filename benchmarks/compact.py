@@ -140,18 +140,21 @@ def measure(name: str, rounds: int, folder: Path) -> list[str]:
     seconds = time.perf_counter() - begin
     one, two = output(model, example), output(small, example)
     error = float((one - two).abs().max() / one.abs().max())
+    away = ""
     before, after = small.report.parameters
     files = bytes_of(model, folder / "a.safetensors"), bytes_of(small, folder / "b.safetensors")
     steps: dict[str, Any] = {"sparse": lambda: model(**example), "compacted": lambda: small(**example)}
     if RUNTIME:
         steps["sparse, onnxruntime"] = exported(model, example, folder / "a.onnx")
         steps["compacted, onnxruntime"] = exported(small, example, folder / "b.onnx")
+        three = torch.from_numpy(steps["compacted, onnxruntime"]()[0])
+        away = f", in onnxruntime by {float((one - three).abs().max() / one.abs().max()):.1e}"
     measured = timing.interleave(steps, rounds)
     sizes = (
         f"### {CASES[name].__doc__}\n\nEntries {before:,} to {after:,} ({before / after:.2f} times fewer); file "
         f"{files[0] / 1e6:.0f} to {files[1] / 1e6:.0f} MB ({files[0] / files[1]:.2f} times smaller); outputs differ by "
-        f"{error:.1e} of the largest; {len(small.report.kept)} weights hold dead outputs that stay; compaction took "
-        f"{seconds:.0f} s."
+        f"{error:.1e} of the largest{away}; {len(small.report.kept)} weights hold dead outputs that stay; "
+        f"compaction took {seconds:.0f} s."
     )
     table = timing.table(measured, ["sparse", *(["sparse, onnxruntime"] if RUNTIME else [])])
     return [sizes, table]

@@ -15,8 +15,10 @@ import math
 import os
 import shlex
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +29,12 @@ from torch import Tensor, nn
 
 from regrow.app.machine import versions
 from regrow.engine import timing
+from regrow.kernels.native import instruction_set
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("sparselab", "sparseprop")
+ENVIRONMENT = ("OMP_NUM_THREADS", "REGROW_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Environment variables that a result depends on."""
 LOAD = os.getloadavg()[0]  # before anything here has run
 
 KEEP = "Whether the process keeps freed memory, which spares large dense gradients their page faults."
@@ -108,8 +113,8 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def conditions(kept: bool) -> str:
-    """Date, processor, threads, versions: what a result depends on besides its command."""
-    about = versions()
+    """Date, processor, threads, instruction set, versions: what a result depends on besides its command."""
+    about = versions() | {"kernels": instruction_set() or "reference"}
     processor, threads = about.pop("processor"), about.pop("threads")
     for package in PEERS:
         try:
@@ -130,7 +135,8 @@ def report(name: str, parts: Sequence[str], save: bool, kept: bool = False) -> N
         save: whether to write.
         kept: whether `keep_memory` was in force.
     """
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    settings = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
+    command = shlex.join([*settings, "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     text = "\n\n".join([f"`{command}`", conditions(kept), *parts]) + "\n"
     click.echo(text)
     if save:
@@ -149,6 +155,16 @@ def keep_memory() -> bool:
         return bool(libc.mallopt(-4, 0) and libc.mallopt(-1, -1))  # M_MMAP_MAX, M_TRIM_THRESHOLD
     except (OSError, AttributeError, TypeError):
         return False
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Another process takes one core."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            yield
+        finally:
+            other.kill()
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:

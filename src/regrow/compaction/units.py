@@ -49,14 +49,15 @@ class Units:
         if why is not None:
             self.tell(a, why)
         pairs = self.find(torch.stack([a.reshape(-1), b.reshape(-1)]))
-        while pairs.numel():
-            pairs = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
-            low, high = pairs.amin(0), pairs.amax(0)
+        while (differ := pairs[0] != pairs[1]).any():
+            # One number for a pair, since torch finds different columns many times slower than different numbers.
+            count = len(self.parent)
+            numbers = torch.unique(pairs.amin(0)[differ] * count + pairs.amax(0)[differ])
+            low, high = numbers // count, numbers % count
             self.parent.scatter_reduce_(0, high, low, "amin")
             while not torch.equal(self.parent, shorter := self.parent[self.parent]):
                 self.parent = shorter
-            pairs = self.find(pairs)
-            pairs = pairs[:, pairs[0] != pairs[1]]
+            pairs = self.find(torch.stack([low, high]))
 
     def pin(self, labels: Tensor, why: str) -> None:
         """Say that these must stay, and why."""
