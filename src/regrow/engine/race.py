@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.method import Method
+from regrow.core.text import some
 from regrow.engine.discovery import Found
 from regrow.engine.placement import Place, dense_reasons
 from regrow.engine.probe import FirstStep, Source
@@ -92,7 +93,7 @@ def faster(parameters: Sequence[Draft], inputs: Calls) -> list[Draft]:
     groups = _groups([p for p in parameters if isinstance(p, PendingParameter)])
     slow: set[int] = set()
     for group, times in zip(groups, _measured(groups, inputs), strict=True):
-        names = ", ".join(w.name for p in group for w in p.weights)
+        names = some([w.name for p in group for w in p.weights])
         if times is None:
             _log.info("%s: masked, since the example does not reach it", names)
         else:

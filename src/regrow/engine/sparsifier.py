@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.method import Method, Need
-from regrow.core.text import by, table
+from regrow.core.text import by, folded, table
 from regrow.core.topology import Topology
-from regrow.core.weight import Weights
+from regrow.core.weight import SparseWeight, Weights
 from regrow.engine import claims
 from regrow.engine.discovery import Excluded
 from regrow.engine.step import Stepper, draw_for, plan
@@ -269,16 +269,46 @@ class Sparsifier:
     def __repr__(self) -> str:
         state = f"{self.density:.4%} of {self.numel:,} entries active" if self.started else "not yet sparse"
         head = f"{self.method.name}: {state}, step {self.step:,}, {self.updates:,} updates"
-        rows, storages = [], self.storages
-        for weight in self.weights:
-            known = EXPLORED.known(weight)
-            rate = f"{explored_entries(weight) / max(1, weight.topology.numel):.3f}" if known else ""
-            t = weight.topology
-            counts = [f"{t.density:.4f}", f"{t.nnz:,}"]
-            shape = by(weight.shape) + ("" if t.is_unstructured else f" in {by(t.unit)}")
-            rows.append([weight.name, shape, *counts, storages[weight.name], rate])
-        rows += [[e.name, by(e.shape), "1", f"{e.numel:,}", "", e.reason] for e in self.excluded]
-        return head + "\n" + table(["layer", "shape", "density", "active", "storage", "explored"], rows)
+        storages = self.storages
+        kinds = [(w.shape, w.topology.unit, storages[w.name]) for w in self.weights]
+        rows = [
+            _row(name, [self.weights[i] for i in at], storages)
+            for name, at in folded([w.name for w in self.weights], kinds).items()
+        ]
+        left = [(e.shape, e.reason) for e in self.excluded]
+        for name, at in folded([e.name for e in self.excluded], left).items():
+            first = self.excluded[at[0]]
+            numel = sum(self.excluded[i].numel for i in at)
+            rows.append([name, _times(len(at), first.shape), "1", f"{numel:,}", f"dense: {first.reason}", ""])
+        heads = ["layer", "shape", "density", "active", "storage", "explored"]
+        return "\n".join([head, table(heads, rows), *self._sums()])
+
+    def _sums(self) -> list[str]:
+        """What is sparse and what is dense in all, where something stays dense."""
+        reasons: dict[str, int] = {}
+        for e in self.excluded:
+            reasons[e.reason] = reasons.get(e.reason, 0) + e.numel
+        if not reasons:
+            return []
+        dense = ", ".join(f"{numel:,} {reason}" for reason, numel in reasons.items())
+        return [f"sparse: {self.nnz:,} of {self.numel:,} entries; dense: {sum(reasons.values()):,} ({dense})"]
+
+
+def _row(name: str, weights: Sequence[SparseWeight], storages: Mapping[str, Storage]) -> list[str]:
+    """The line of a weight, or of some that are alike."""
+    first = weights[0].topology
+    densities = sorted(w.topology.density for w in weights)
+    ends = dict.fromkeys(f"{density:.4f}" for density in (densities[0], densities[-1]))
+    shape = _times(len(weights), first.shape) + ("" if first.is_unstructured else f" in {by(first.unit)}")
+    known = [w for w in weights if EXPLORED.known(w)]
+    numel = sum(w.topology.numel for w in known)
+    rate = f"{sum(explored_entries(w) for w in known) / max(1, numel):.3f}" if known else ""
+    active = f"{sum(w.topology.nnz for w in weights):,}"
+    return [name, shape, "-".join(ends), active, storages[weights[0].name], rate]
+
+
+def _times(number: int, shape: Sequence[int]) -> str:
+    return by(shape) if number == 1 else f"{number} of {by(shape)}"
 
 
 class _Shown:
