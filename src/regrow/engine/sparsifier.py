@@ -33,6 +33,7 @@ STATE_KEYS = (
     "method",
     "storages",
     "topologies",
+    "non_zeros",
     "state",
 )
 """What a state dict of a `Sparsifier` holds."""
@@ -50,6 +51,7 @@ class Sparsifier:
         optimizers: Sequence[Optimizer],
         method: Method,
         parameters: Sequence[Stored],
+        held: Sequence[claims.Held],
         excluded: Sequence[Excluded],
         outside: int,
         seed: int,
@@ -60,11 +62,14 @@ class Sparsifier:
         self._stepper = Stepper(method, parameters, outside, optimizers, seed, started, keeps=self)
         self.names = {id(p.parameter): p.weights[0].name for p in parameters}
         """Sparsified parameters: id -> name."""
+        self.held = list(held)
+        """Where the model holds them."""
         self._shown: list[Any] = []
         if method.latent is not None and method.latent.noise is not None:
             self._shown.append(model.register_forward_pre_hook(_Shown(self)))
             saved = _Shown(self, evaluated=True)
             self._shown.append(model.register_state_dict_pre_hook(saved))  # type: ignore[no-untyped-call]
+        self._told = model.register_load_state_dict_post_hook(_Told(self._stepper))
         claims.add(self)
 
     @property
@@ -154,7 +159,7 @@ class Sparsifier:
         A masked one trains densely from here on, a compressed one with the topology that it has.
         """
         self._stepper.remove()
-        for handle in self._shown:
+        for handle in (*self._shown, self._told):
             handle.remove()
         for parameter in self._stepper.parameters:
             parameter.remove()
@@ -208,8 +213,18 @@ class Sparsifier:
             "storages": self.storages,
             "units": self._units,
             "topologies": {w.name: None if (at := w.topology.positions) is None else at.cpu() for w in self.weights},
+            "non_zeros": self._non_zeros(self.topologies),
             "state": {w.name: {key: value.cpu() for key, value in w.state.items()} for w in self.weights if w.state},
         }
+
+    def _non_zeros(self, topologies: Mapping[str, Topology]) -> dict[str, int]:
+        """How many values at the active entries of such topologies are not zero, where values are not computed."""
+        counts: dict[str, int] = {}
+        for parameter in self._stepper.parameters:
+            names = [w.name for w in parameter.weights]
+            found = parameter.non_zeros([topologies[name] for name in names])
+            counts |= zip(names, found or (), strict=found is not None)
+        return counts
 
     @property
     def _units(self) -> dict[str, list[int]]:
@@ -258,6 +273,7 @@ class Sparsifier:
                 f"{units.get(name, 'entries')} here): give the method the same structure="
             )
         topologies = {w.name: w.topology.at(state["topologies"][w.name]) for w in self.weights}
+        self._require_values(topologies, state["non_zeros"])
         with torch.no_grad():
             for parameter in self._stepper.parameters:
                 for weight in parameter.weights:
@@ -265,6 +281,18 @@ class Sparsifier:
                     kept = state["state"].get(weight.name, {})
                     weight.state = {k: v.clone().to(parameter.parameter.device) for k, v in kept.items()}
         self._stepper.resume(int(state["step"]), int(state["updates"]), bool(state["started"]), int(state["seed"]))
+
+    def _require_values(self, topologies: Mapping[str, Topology], saved: Mapping[str, int]) -> None:
+        """Raise ValueError unless the model holds as many values as were saved with these topologies."""
+        now = self._non_zeros(topologies)
+        lost = [name for name, count in now.items() if count < saved.get(name, 0)]
+        if lost:
+            name = lost[0]
+            raise ValueError(
+                f"the model has lost values that belong to this state: {name} holds {now[name]:,} of {saved[name]:,} "
+                f"that are not zero, and {len(lost)} of {len(now)} weights hold too few; load the model's state after "
+                "regrow.sparsify, which zeroes what it finds, and before this"
+            )
 
     def __repr__(self) -> str:
         state = f"{self.density:.4%} of {self.numel:,} entries active" if self.started else "not yet sparse"
@@ -330,3 +358,18 @@ class _Shown:
 
     def __reduce__(self) -> tuple[type[_Shown], tuple[()]]:
         return _Shown, ()
+
+
+class _Told:
+    """A hook of a model that tells its stepper of loaded weights; of a copied model it does nothing."""
+
+    def __init__(self, stepper: Stepper | None = None) -> None:
+        self._stepper = (lambda: None) if stepper is None else weakref.ref(stepper)
+
+    def __call__(self, model: nn.Module, incompatible: Any) -> None:
+        stepper = self._stepper()
+        if stepper is not None:
+            stepper.weights_loaded = True
+
+    def __reduce__(self) -> tuple[type[_Told], tuple[()]]:
+        return _Told, ()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from regrow.core.checks import require_choice
 from regrow.core.method import Method, Need
 from regrow.engine import claims
-from regrow.engine.discovery import Selector, find
+from regrow.engine.discovery import Found, Selector, find
 from regrow.engine.meta import (
     leave_meta_device,
     on_meta_device,
@@ -127,7 +127,18 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
         stored = _become(model, held, method, source, seed)
         if init == "fan_in":
             scale_to_fan_in(weights_of(stored, outside))
-    return Sparsifier(model, optimizers, method, stored, excluded, outside, seed, not isinstance(source, FirstStep))
+    started = not isinstance(source, FirstStep)
+    return Sparsifier(model, optimizers, method, stored, _held(found, stored), excluded, outside, seed, started)
+
+
+def _held(found: Sequence[Found], stored: Sequence[Stored]) -> list[claims.Held]:
+    """Where the model holds every parameter, with the shape that masks have."""
+    shapes = [None if s.storage == "compressed" else tuple(s.parameter.shape) for s in stored]
+    return [
+        claims.Held(f.name, module, attribute, f.parameter, shape)
+        for f, shape in zip(found, shapes, strict=True)
+        for module, attribute in f.holders
+    ]
 
 
 @contextmanager

@@ -155,6 +155,10 @@ class CompressedParameter(Stored):
         if not preserves_zeros(self.optimizer, self.parameter):
             self.project(state=True)
 
+    def non_zeros(self, topologies: Sequence[Topology]) -> list[int]:
+        """How many values are not zero, whatever the topologies: values have no place of their own here."""
+        return [int(w.values().count_nonzero()) for w in self._weights]
+
     def rewire(self, new: Topology) -> None:
         """Change the topology of the whole parameter, carrying values, gradient and state of the survivors."""
         forget_other_state(self.optimizer, self.parameter)
