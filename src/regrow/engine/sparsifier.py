@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -69,7 +69,7 @@ class Sparsifier:
             self._shown.append(model.register_forward_pre_hook(_Shown(self)))
             saved = _Shown(self, evaluated=True)
             self._shown.append(model.register_state_dict_pre_hook(saved))  # type: ignore[no-untyped-call]
-        self._told = model.register_load_state_dict_post_hook(_Told(self._stepper))
+        self._told = model.register_load_state_dict_post_hook(_Told(self._stepper))  # type: ignore[no-untyped-call]
         claims.add(self)
 
     @property
@@ -164,6 +164,12 @@ class Sparsifier:
         for parameter in self._stepper.parameters:
             parameter.remove()
         claims.discard(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Sparsifier works through hooks of its model and optimizer, which copies do not have: keep its "
+            "state_dict(), and load that into the sparsifier of the copies, which regrow.sparsify makes"
+        )
 
     def harden(self) -> None:
         """Make the weights that are evaluated now ordinary ones, whose topology stays fixed while they train on.
