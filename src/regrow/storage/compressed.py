@@ -20,7 +20,6 @@ from regrow.storage.memory import Memory
 from regrow.storage.operands import KeptOperands
 from regrow.storage.state import (
     SECOND_MOMENTS,
-    forget_other_state,
     preserves_zeros,
     starting_moment,
     weight_shaped_state,
@@ -161,7 +160,6 @@ class CompressedParameter(Stored):
 
     def rewire(self, new: Topology) -> None:
         """Change the topology of the whole parameter, carrying values, gradient and state of the survivors."""
-        forget_other_state(self.optimizer, self.parameter)
         old = self.whole
         source = new.entry_ranks_in(old)
         state = weight_shaped_state(self.optimizer, self.parameter)

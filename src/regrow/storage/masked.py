@@ -22,7 +22,7 @@ from regrow.storage.gradient import Gradient
 from regrow.storage.rows import DenseRows, blocks_of
 from regrow.storage.state import (
     SECOND_MOMENTS,
-    forget_other_state,
+    forget_history,
     preserves_zeros,
     starting_moment,
     weight_shaped_state,
@@ -246,7 +246,7 @@ class MaskedWeight(DenseRows):
         topology = topology.to(self.owner.parameter.device)
         old, mask = self.topology, topology.mask.to(self.owner.parameter.device)
         survivors = mask if old.is_dense else mask & old.mask.to(mask.device)
-        forget_other_state(self.owner.optimizer, self.owner.parameter)
+        forget_history(self.owner.optimizer)
         state = weight_shaped_state(self.owner.optimizer, self.owner.parameter)
         moments = {key: self._starting_moment(s, topology) for key, s in state.items() if key in SECOND_MOMENTS}
         for tensor in (self.owner.parameter.detach(), *state.values()):
