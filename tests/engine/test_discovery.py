@@ -14,6 +14,7 @@ from regrow import methods, sparsify
 from regrow.core.method import Allocation, Method, Need
 from regrow.core.names import canonical
 from regrow.engine.discovery import find
+from regrow.nn import Axes
 from regrow.parts.allocation import erk, explicit, globally, uniform
 from regrow.parts.schedules import constant
 from regrow.parts.scores import magnitude
@@ -97,6 +98,9 @@ class Mixed(nn.Module):
         self.scale = nn.Parameter(torch.ones(4, 4))
 
 
+UNKNOWN = 16
+"""Entries of Mixed.scale, which count in the budget of the model."""
+
 SIZES = {"stem": 216, "depthwise": 72, "body.0": 128, "body.1": 128, "head": 80}
 
 
@@ -111,7 +115,7 @@ def reasons(model: nn.Module, **options: Any) -> dict[str, str]:
 def test_what_stays_dense_by_default():
     """Properties 13 and 19: biases, norms, embeddings and depthwise convolutions, by type and not by name."""
     assert names(Mixed()) == ["stem", "body.0", "body.1", "head"]
-    assert reasons(Mixed()) == {"depthwise": "depthwise"}
+    assert reasons(Mixed()) == {"depthwise": "depthwise", "embed": "embedding", "scale": "in an unknown Mixed"}
 
 
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d])
@@ -161,15 +165,95 @@ def test_selectors(kind: str):
     assert rest == {*everything, "depthwise"} - set(chosen) - ({"depthwise"} if kind == "list" else set())
 
 
+def test_what_no_row_knows_can_be_skipped_and_is_not_chosen():
+    assert reasons(Mixed(), skip=["scale", nn.Embedding])["scale"] == "skipped"
+    with pytest.raises(ValueError, match=r"'scale' in only= .*: stem\.weight.*; declare how it is read with also="):
+        find(Mixed(), only="scale")
+
+
+def test_every_matrix_is_accounted_for():
+    """None is silently dense: each is sparsified or listed, once, also where a module is of no known type."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    layer.self_attn = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    model = nn.ModuleDict({"mixed": Mixed(), "layer": layer, "norm": nn.LayerNorm((3, 4)), "lstm": nn.LSTM(6, 4)})
+    model["again"] = model["mixed"].body
+    model["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    found, excluded = find(model)
+    told = [f.name for f in found] + [e.name for e in excluded]
+    assert sorted(told) == sorted(set(told))
+    matrices = {canonical(n) for n, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1}
+    matrices -= {"normed.parametrizations.weight.original1"}
+    assert set(told) == matrices | {"normed.weight"}
+    assert {e.reason for e in excluded} == {
+        "depthwise",
+        "embedding",
+        "norm",
+        "in an unknown Mixed",
+        "reparametrized",
+    }
+
+
+def test_a_parameter_of_an_unknown_module_is_declared():
+    found, excluded = find(Mixed(), also={"sca*": Axes(outputs=1, inputs=0)})
+    declared = {f.name: f for f in found}["scale"]
+    assert (declared.blocks, declared.out_axis, declared.in_axis) == (1, 1, 0)
+    assert "scale" not in {e.name for e in excluded}
+    assert [h[1] for h in declared.holders] == ["scale"]
+
+
+class Experts(nn.Module):
+    """All experts of a layer in one parameter, as (experts, outputs, inputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (experts, batch, inputs)."""
+        return x @ self.up.mT
+
+
+def test_stacked_experts_are_weights_of_their_own():
+    model = Experts()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = methods.rigl(0.25, until=20, interval=2, allocate=uniform)
+    sparsifier = sparsify(model, opt, method, also={"up": Axes(outputs=1, inputs=2, blocks=None)})
+    before = {name: t.mask.clone() for name, t in sparsifier.topologies.items()}
+    assert list(before) == ["up[0]", "up[1]", "up[2]"]
+    for _ in range(4):
+        model(torch.randn(3, 7, 5)).square().sum().backward()
+        opt.step()
+    for i, (name, topology) in enumerate(sparsifier.topologies.items()):
+        assert (topology.nnz, topology.shape) == (10, (1, 8, 5))
+        assert torch.equal(topology.mask[0], topology.mask[0] | (model.up[i] != 0))
+        assert not torch.equal(topology.mask, before[name])
+
+
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        ({"nowhere": Axes()}, "'nowhere' in also= matches no parameter that is not known already: scale, embed.weight"),
+        ({"head.weight": Axes()}, "'head.weight' in also= matches no parameter"),
+        ({"scale": Axes(0, 2)}, r"scale has shape \(4, 4\), .* axis 0 counts outputs and axis 2 inputs"),
+        ({"scale": Axes(1, 1)}, "axis 1 counts outputs and axis 1 inputs"),
+        ({"scale": Axes(0, 1, blocks=3)}, "3 blocks"),
+        ({"scale": Axes(0, 1, blocks=None)}, "stacked"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_an_error(also: dict[str, Axes], message: str):
+    with pytest.raises(ValueError, match=message):
+        find(Mixed(), also=also)
+
+
 def test_skip_wins_over_only():
     assert names(Mixed(), only="body.*", skip="body.1") == ["body.0"]
 
 
 @pytest.mark.parametrize("option", ["skip", "only"])
-@pytest.mark.parametrize("selector", ["bodies.*", "norm", "embed", nn.GRU, lambda name, module: False])
+@pytest.mark.parametrize("selector", ["bodies.*", "norm", nn.GRU, lambda name, module: False])
 def test_a_selector_that_matches_nothing_is_an_error(selector: Any, option: str):
     """Property 48."""
-    with pytest.raises(ValueError, match=r"matches none of the sparsifiable weights: stem\.weight, depthwise\.weight"):
+    with pytest.raises(ValueError, match=r"matches none of the .*weights: stem\.weight, depthwise\.weight"):
         find(Mixed(), **{option: selector})
     with pytest.raises(ValueError, match="matches none"):
         find(Mixed(), **{option: ["stem", selector]})
@@ -280,8 +364,8 @@ def nnz(model: nn.Module, density: float, allocate: Allocation = erk, **options:
 @pytest.mark.parametrize("skip", [[], ["stem"], ["head"]])
 def test_budget_of_the_model(skip: list[str], density: float):
     """Property 17: active = round(density (S + E)) - E, with E the weights that stay dense."""
-    outside = SIZES["depthwise"] + sum(SIZES[n] for n in skip)
-    total = sum(SIZES.values())
+    outside = UNKNOWN + SIZES["depthwise"] + sum(SIZES[n] for n in skip)
+    total = UNKNOWN + sum(SIZES.values())
     wanted = math.floor(density * total + 0.5) - outside
     if wanted < 0:
         with pytest.raises(ValueError, match=f"{outside / total:.6g}"):
@@ -293,14 +377,14 @@ def test_budget_of_the_model(skip: list[str], density: float):
 
 def test_an_infeasible_budget_names_the_numbers():
     """Property 16."""
-    with pytest.raises(ValueError, match=r"(?s)0\.1 of 624.*288.*336.*0\.461538"):
+    with pytest.raises(ValueError, match=r"(?s)0\.1 of 640.*304.*336.*0\.475"):
         nnz(Mixed(), 0.1, skip=["stem"], budget="model")
 
 
 def test_frozen_weights_count_in_the_budget_of_the_model():
     model = Mixed()
     model.head.weight.requires_grad_(False)
-    assert nnz(model, 0.5, budget="model") == 312 - 72 - 80
+    assert nnz(model, 0.5, budget="model") == 320 - UNKNOWN - 72 - 80
 
 
 @pytest.mark.parametrize("options", [{}, {"skip": "head"}, {"only": "body"}])

@@ -252,7 +252,7 @@ def test_an_optimizer_that_reads_dense_weights_keeps_them(judge: Any, caplog: py
     with caplog.at_level(logging.INFO, logger="regrow"):
         sparsifier = sparsify(model, opts, static(), storage="auto", example=torch.randn(2, 12))
     assert sparsifier.storages == {"0.weight": "compressed", "2.weight": "masked", "4.weight": "compressed"}
-    assert caplog.messages[0] == "2.weight: masked, since Muon is no element-wise optimizer"
+    assert caplog.messages[0] == "2.weight: masked, since Muon cannot step active values by themselves (ValueError)"
 
 
 def test_what_the_example_does_not_reach_is_masked(judge: Any, caplog: pytest.LogCaptureFixture):

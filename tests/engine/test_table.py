@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from regrow import methods
+from regrow import methods, sparsify
 from regrow.core.method import Need
+from regrow.parts.allocation import explicit, uniform
 from support.loops import (
     masks,
     rigl,
@@ -23,8 +25,21 @@ def test_the_table_shows_every_layer():
     assert lines[0] == "rigl: 50.0000% of 60 entries active, step 1, 0 updates"
     assert lines[1].split() == ["layer", "shape", "density", "active", "storage", "explored"]
     assert lines[2].split() == ["0.weight", "10", "x", "6", "0.5000", "30", "masked", "0.500"]
-    assert lines[3].split() == ["2.weight", "4", "x", "10", "1", "40", "skipped"]
+    assert lines[3].split() == ["2.weight", "4", "x", "10", "1", "40", "dense:", "skipped"]
+    assert lines[4] == "sparse: 30 of 60 entries; dense: 40 (40 skipped)"
     assert (sparsifier.nnz, sparsifier.numel, sparsifier.density, sparsifier.explored) == (30, 60, 0.5, 0.5)
+
+
+def test_layers_that_are_alike_share_a_line():
+    """A line for each kind of layer, however deep the model; counts are sums, densities the ends of their range."""
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(12)], nn.Linear(6, 2), nn.Linear(2, 2))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    allocate = explicit({"0": 0.25, "7": 0.75}, rest=uniform)
+    sparsifier = sparsify(model, opt, methods.static(0.5, allocate=allocate), skip="13")
+    lines = [line.split() for line in repr(sparsifier).splitlines()[2:]]
+    alike = [t.nnz for name, t in sparsifier.topologies.items() if name != "12.weight"]
+    assert lines[0] == ["0-11.weight", "12", "of", "6", "x", "6", "0.2500-0.7500", str(sum(alike)), "masked"]
+    assert [line[0] for line in lines] == ["0-11.weight", "12.weight", "13.weight", "sparse:"]
 
 
 def test_the_table_says_when_a_model_is_not_yet_sparse():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,8 +175,22 @@ class Latent(NamedTuple):
     """Draws that every training forward of a step shares: (stream, n) -> (n,)."""
 
 
+class Made(NamedTuple):
+    """The call of a recipe that made a method."""
+
+    recipe: Callable[..., Method]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    parts: tuple[Any, ...]
+    """What the method was made of."""
+
+
 class Method(NamedTuple):
-    """A recipe of sparse training; composed from parts, never subclassed."""
+    """A recipe of sparse training; composed from parts, never subclassed.
+
+    What a recipe made can be pickled: the call is kept, since parts are closures. What was composed or changed by hand
+    can be if its parts can.
+    """
 
     name: str
     start: Start
@@ -188,7 +202,18 @@ class Method(NamedTuple):
     """How weights are computed from others that are trained; None trains the weights themselves."""
     units: Units | None = None
     """What is active or inactive together; None is every entry by itself."""
+    made: Made | None = None
+    """The call of a recipe that made it; of no account once a part was replaced."""
+
+    def __reduce__(self) -> tuple[Callable[..., Method], tuple[Any, ...]]:
+        if self.made is not None and all(now is then for now, then in zip(self[:-1], self.made.parts, strict=True)):
+            return _again, self.made[:3]
+        return Method, self[:-1]
 
     def due(self, step: int) -> bool:
         """Whether optimizer step `step` (the first is 1) changes topologies."""
         return any(rule.due(step) for rule in self.update)
+
+
+def _again(recipe: Callable[..., Method], arguments: tuple[Any, ...], options: dict[str, Any]) -> Method:
+    return recipe(*arguments, **options)

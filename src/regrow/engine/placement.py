@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from regrow.core.checks import require_choice
 from regrow.core.method import Method, Need
 from regrow.core.names import matches
+from regrow.core.text import some
 from regrow.engine.discovery import Found
 from regrow.engine.probe import FirstStep, Source
 from regrow.storage.latent import latent_parameters
@@ -54,7 +55,7 @@ def place(storage: Storage | Mapping[str, Storage], found: Sequence[Found], owne
     for pattern, held in storage.items():
         require_choice("sparsify", f"storage of {pattern!r}", held, get_args(Storage))
         if not any(_fits(pattern, f) for f in found):
-            names = ", ".join(f.name for f in found)
+            names = some([f.name for f in found])
             raise ValueError(f"sparsify: storage names {pattern!r}, which matches none of the weights: {names}")
     picked: list[Storage] = [
         next((held for pattern, held in storage.items() if _fits(pattern, f)), "masked") for f in found

@@ -11,13 +11,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.method import Method
+from regrow.core.text import some
 from regrow.engine.discovery import Found
 from regrow.engine.placement import Place, dense_reasons
 from regrow.engine.probe import FirstStep, Source
 from regrow.engine.timing import Call, Race, Topologies, alike, calls, compressed, race
 from regrow.nn import sparse_class
+from regrow.storage.behaviour import behaviour_of
 from regrow.storage.masked import masked_twin
-from regrow.storage.pending import PendingParameter, is_refused
+from regrow.storage.pending import PendingParameter
 from regrow.storage.stored import Draft
 
 _log = logging.getLogger("regrow")
@@ -66,8 +68,8 @@ def _obstacle(found: Found, owner: Optimizer) -> str | None:
     """Why a parameter cannot be compressed here, or None."""
     if any(sparse_class(module) is None for module, _ in found.holders):
         return f"there is no sparse form of {type(found.module).__name__}"
-    if is_refused(owner):
-        return f"{type(owner).__name__} is no element-wise optimizer"
+    if not (behaviour := behaviour_of(owner)).alone:
+        return f"{type(owner).__name__} {behaviour.why}"
     if found.parameter.device.type != "cpu":
         return f"sparse kernels run on the CPU, and it lies on {found.parameter.device}"
     return None
@@ -92,7 +94,7 @@ def faster(parameters: Sequence[Draft], inputs: Calls) -> list[Draft]:
     groups = _groups([p for p in parameters if isinstance(p, PendingParameter)])
     slow: set[int] = set()
     for group, times in zip(groups, _measured(groups, inputs), strict=True):
-        names = ", ".join(w.name for p in group for w in p.weights)
+        names = some([w.name for p in group for w in p.weights])
         if times is None:
             _log.info("%s: masked, since the example does not reach it", names)
         else:

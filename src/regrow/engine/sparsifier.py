@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from regrow.core.method import Method, Need
-from regrow.core.text import by, table
+from regrow.core.text import by, folded, table
 from regrow.core.topology import Topology
-from regrow.core.weight import Weights
+from regrow.core.weight import SparseWeight, Weights
 from regrow.engine import claims
 from regrow.engine.discovery import Excluded
 from regrow.engine.step import Stepper, draw_for, plan
@@ -33,6 +33,7 @@ STATE_KEYS = (
     "method",
     "storages",
     "topologies",
+    "non_zeros",
     "state",
 )
 """What a state dict of a `Sparsifier` holds."""
@@ -50,6 +51,7 @@ class Sparsifier:
         optimizers: Sequence[Optimizer],
         method: Method,
         parameters: Sequence[Stored],
+        held: Sequence[claims.Held],
         excluded: Sequence[Excluded],
         outside: int,
         seed: int,
@@ -60,11 +62,14 @@ class Sparsifier:
         self._stepper = Stepper(method, parameters, outside, optimizers, seed, started, keeps=self)
         self.names = {id(p.parameter): p.weights[0].name for p in parameters}
         """Sparsified parameters: id -> name."""
+        self.held = list(held)
+        """Where the model holds them."""
         self._shown: list[Any] = []
         if method.latent is not None and method.latent.noise is not None:
             self._shown.append(model.register_forward_pre_hook(_Shown(self)))
             saved = _Shown(self, evaluated=True)
             self._shown.append(model.register_state_dict_pre_hook(saved))  # type: ignore[no-untyped-call]
+        self._told = model.register_load_state_dict_post_hook(_Told(self._stepper))  # type: ignore[no-untyped-call]
         claims.add(self)
 
     @property
@@ -154,11 +159,17 @@ class Sparsifier:
         A masked one trains densely from here on, a compressed one with the topology that it has.
         """
         self._stepper.remove()
-        for handle in self._shown:
+        for handle in (*self._shown, self._told):
             handle.remove()
         for parameter in self._stepper.parameters:
             parameter.remove()
         claims.discard(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Sparsifier works through hooks of its model and optimizer, which copies do not have: keep its "
+            "state_dict(), and load that into the sparsifier of the copies, which regrow.sparsify makes"
+        )
 
     def harden(self) -> None:
         """Make the weights that are evaluated now ordinary ones, whose topology stays fixed while they train on.
@@ -208,8 +219,18 @@ class Sparsifier:
             "storages": self.storages,
             "units": self._units,
             "topologies": {w.name: None if (at := w.topology.positions) is None else at.cpu() for w in self.weights},
+            "non_zeros": self._non_zeros(self.topologies),
             "state": {w.name: {key: value.cpu() for key, value in w.state.items()} for w in self.weights if w.state},
         }
+
+    def _non_zeros(self, topologies: Mapping[str, Topology]) -> dict[str, int]:
+        """How many values at the active entries of such topologies are not zero, where values are not computed."""
+        counts: dict[str, int] = {}
+        for parameter in self._stepper.parameters:
+            names = [w.name for w in parameter.weights]
+            found = parameter.non_zeros([topologies[name] for name in names])
+            counts |= zip(names, found or (), strict=found is not None)
+        return counts
 
     @property
     def _units(self) -> dict[str, list[int]]:
@@ -258,6 +279,7 @@ class Sparsifier:
                 f"{units.get(name, 'entries')} here): give the method the same structure="
             )
         topologies = {w.name: w.topology.at(state["topologies"][w.name]) for w in self.weights}
+        self._require_values(topologies, state["non_zeros"])
         with torch.no_grad():
             for parameter in self._stepper.parameters:
                 for weight in parameter.weights:
@@ -266,19 +288,61 @@ class Sparsifier:
                     weight.state = {k: v.clone().to(parameter.parameter.device) for k, v in kept.items()}
         self._stepper.resume(int(state["step"]), int(state["updates"]), bool(state["started"]), int(state["seed"]))
 
+    def _require_values(self, topologies: Mapping[str, Topology], saved: Mapping[str, int]) -> None:
+        """Raise ValueError unless the model holds as many values as were saved with these topologies."""
+        now = self._non_zeros(topologies)
+        lost = [name for name, count in now.items() if count < saved.get(name, 0)]
+        if lost:
+            name = lost[0]
+            raise ValueError(
+                f"the model has lost values that belong to this state: {name} holds {now[name]:,} of {saved[name]:,} "
+                f"that are not zero, and {len(lost)} of {len(now)} weights hold too few; load the model's state after "
+                "regrow.sparsify, which zeroes what it finds, and before this"
+            )
+
     def __repr__(self) -> str:
         state = f"{self.density:.4%} of {self.numel:,} entries active" if self.started else "not yet sparse"
         head = f"{self.method.name}: {state}, step {self.step:,}, {self.updates:,} updates"
-        rows, storages = [], self.storages
-        for weight in self.weights:
-            known = EXPLORED.known(weight)
-            rate = f"{explored_entries(weight) / max(1, weight.topology.numel):.3f}" if known else ""
-            t = weight.topology
-            counts = [f"{t.density:.4f}", f"{t.nnz:,}"]
-            shape = by(weight.shape) + ("" if t.is_unstructured else f" in {by(t.unit)}")
-            rows.append([weight.name, shape, *counts, storages[weight.name], rate])
-        rows += [[e.name, by(e.shape), "1", f"{e.numel:,}", "", e.reason] for e in self.excluded]
-        return head + "\n" + table(["layer", "shape", "density", "active", "storage", "explored"], rows)
+        storages = self.storages
+        kinds = [(w.shape, w.topology.unit, storages[w.name]) for w in self.weights]
+        rows = [
+            _row(name, [self.weights[i] for i in at], storages)
+            for name, at in folded([w.name for w in self.weights], kinds).items()
+        ]
+        left = [(e.shape, e.reason) for e in self.excluded]
+        for name, at in folded([e.name for e in self.excluded], left).items():
+            first = self.excluded[at[0]]
+            numel = sum(self.excluded[i].numel for i in at)
+            rows.append([name, _times(len(at), first.shape), "1", f"{numel:,}", f"dense: {first.reason}", ""])
+        heads = ["layer", "shape", "density", "active", "storage", "explored"]
+        return "\n".join([head, table(heads, rows), *self._sums()])
+
+    def _sums(self) -> list[str]:
+        """What is sparse and what is dense in all, where something stays dense."""
+        reasons: dict[str, int] = {}
+        for e in self.excluded:
+            reasons[e.reason] = reasons.get(e.reason, 0) + e.numel
+        if not reasons:
+            return []
+        dense = ", ".join(f"{numel:,} {reason}" for reason, numel in reasons.items())
+        return [f"sparse: {self.nnz:,} of {self.numel:,} entries; dense: {sum(reasons.values()):,} ({dense})"]
+
+
+def _row(name: str, weights: Sequence[SparseWeight], storages: Mapping[str, Storage]) -> list[str]:
+    """The line of a weight, or of some that are alike."""
+    first = weights[0].topology
+    densities = sorted(w.topology.density for w in weights)
+    ends = dict.fromkeys(f"{density:.4f}" for density in (densities[0], densities[-1]))
+    shape = _times(len(weights), first.shape) + ("" if first.is_unstructured else f" in {by(first.unit)}")
+    known = [w for w in weights if EXPLORED.known(w)]
+    numel = sum(w.topology.numel for w in known)
+    rate = f"{sum(explored_entries(w) for w in known) / max(1, numel):.3f}" if known else ""
+    active = f"{sum(w.topology.nnz for w in weights):,}"
+    return [name, shape, "-".join(ends), active, storages[weights[0].name], rate]
+
+
+def _times(number: int, shape: Sequence[int]) -> str:
+    return by(shape) if number == 1 else f"{number} of {by(shape)}"
 
 
 class _Shown:
@@ -300,3 +364,18 @@ class _Shown:
 
     def __reduce__(self) -> tuple[type[_Shown], tuple[()]]:
         return _Shown, ()
+
+
+class _Told:
+    """A hook of a model that tells its stepper of loaded weights; of a copied model it does nothing."""
+
+    def __init__(self, stepper: Stepper | None = None) -> None:
+        self._stepper = (lambda: None) if stepper is None else weakref.ref(stepper)
+
+    def __call__(self, model: nn.Module, incompatible: Any) -> None:
+        stepper = self._stepper()
+        if stepper is not None:
+            stepper.weights_loaded = True
+
+    def __reduce__(self) -> tuple[type[_Told], tuple[()]]:
+        return _Told, ()

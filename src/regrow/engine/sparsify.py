@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from regrow.core.checks import require_choice
 from regrow.core.method import Method, Need
 from regrow.engine import claims
-from regrow.engine.discovery import Selector, find
+from regrow.engine.discovery import Found, Selector, find
 from regrow.engine.meta import (
     leave_meta_device,
     on_meta_device,
@@ -26,7 +26,7 @@ from regrow.engine.probe import FirstStep, Loss, Source, asking, source_of
 from regrow.engine.race import Calls, contenders, faster
 from regrow.engine.sparsifier import Sparsifier
 from regrow.engine.step import begin, weights_of
-from regrow.nn import Init, leave_fast_path
+from regrow.nn import Axes, Init, leave_fast_path
 from regrow.parts.starts import scale_to_fan_in
 from regrow.storage.memory import Memory
 from regrow.storage.stored import Draft, Stored
@@ -41,6 +41,7 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     example: Any = None,
     skip: Selector | Sequence[Selector] = (),
     only: Selector | Sequence[Selector] | None = None,
+    also: Mapping[str, Axes] | None = None,
     budget: Literal["sparsified", "model"] = "sparsified",
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
@@ -67,8 +68,11 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
             dict of the model's arguments. The model runs on it once, without gradients, and is left as it was.
         skip: what stays dense: parameter or module names, globs, module types, or predicates of (name, module).
         only: what is sparsified at all; None means every weight of a known type.
+        also: weights that no module type is known for, by name or glob, and which of their axes count outputs and
+            inputs: `{"*.mixing": regrow.nn.Axes()}` for y = W x. They are masked.
         budget: "sparsified": the density holds among the sparsified weights. "model": among these and the weights
-            that stay dense (never biases, norms, embeddings), so the sparsified ones get sparser.
+            that stay dense (those of unknown modules too; never biases, norms, embeddings), so the sparsified ones get
+            sparser.
         batches: data from which a start that ranks gradients (SNIP) takes their mean at once; without it such a
             start takes the place of the first optimizer step.
         loss: (model, batch) -> scalar; required with `batches`.
@@ -101,7 +105,7 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
     require_choice("sparsify", "budget", budget, ("sparsified", "model"))
     _require_example_for_auto(storage, example)
     optimizers = _as_list(optimizer)
-    found, excluded = find(model, skip, only)
+    found, excluded = find(model, skip, only, also)
     claims.require_free({id(f.parameter): f.name for f in found}, optimizers)
     owners = [holder_of(f.name, f.parameter, optimizers) for f in found]
     source = source_of(method, batches, loss)
@@ -123,7 +127,18 @@ def sparsify(  # noqa: PLR0913 - everything that can be said of a run, each by i
         stored = _become(model, held, method, source, seed)
         if init == "fan_in":
             scale_to_fan_in(weights_of(stored, outside))
-    return Sparsifier(model, optimizers, method, stored, excluded, outside, seed, not isinstance(source, FirstStep))
+    started = not isinstance(source, FirstStep)
+    return Sparsifier(model, optimizers, method, stored, _held(found, stored), excluded, outside, seed, started)
+
+
+def _held(found: Sequence[Found], stored: Sequence[Stored]) -> list[claims.Held]:
+    """Where the model holds every parameter, with the shape that masks have."""
+    shapes = [None if s.storage == "compressed" else tuple(s.parameter.shape) for s in stored]
+    return [
+        claims.Held(f.name, module, attribute, f.parameter, shape)
+        for f, shape in zip(found, shapes, strict=True)
+        for module, attribute in f.holders
+    ]
 
 
 @contextmanager

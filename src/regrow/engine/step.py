@@ -26,13 +26,15 @@ closed when every optimizer has stepped. Its kind is known beforehand:
 | any      | an optimizer's state is loaded                        | it is projected at the next step  | same  |
 | any      | the sparsifier's state is loaded                      | `resume`                          | None  |
 
-A step with a closure, or inside a backward, has its gradients late: `_close` reads them.
+A step with a closure, or inside a backward, has its gradients late: `_close` reads them. Where an update takes the
+place of a step with a closure, the closure is called before the step is opened, and the optimizer gets its loss.
 `_lapse` applies an update that was set aside for optimizers that never stepped. A step in which none finished does not
 count, unless an update took its place.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,6 +51,8 @@ from regrow.engine.optimizers import StepArguments, closure_of, is_nested, skips
 from regrow.engine.probe import NoProbe
 from regrow.parts.observers import mark_explored
 from regrow.storage.stored import Draft, Stored
+
+_log = logging.getLogger("regrow")
 
 StepKind = Literal["ordinary", "start", "instead", "after"]
 """What a training step does to topologies, and when."""
@@ -158,6 +162,8 @@ class Stepper:
         """Topology updates so far."""
         self.started = started
         self.open: Step | None = None
+        self.weights_loaded = False
+        """Whether the model's weights were loaded and not looked at since."""
         self._outside = outside
         self._arrivals = 0
         """Backward passes that belong to steps so far."""
@@ -192,6 +198,7 @@ class Stepper:
                 parameter.project(state=True)
         self.number, self.updates, self.started, self.seed = number, updates, started, seed
         self.open = None
+        self.weights_loaded = False
         self._watch()
 
     def set_gradients_aside(self) -> None:
@@ -212,20 +219,26 @@ class Stepper:
         closure = closure_of(optimizer, args, kwargs)
         backward = torch._C._current_graph_task_id()
         with torch.no_grad():
-            step = self.open
+            step, given = self.open, None
             if step is None or not self._joins(step, optimizer, backward):
                 if step is not None:
                     self._lapse(step)
-                step = self._open(optimizer, closure is not None, backward)
+                if closure is not None and self._replaces_next(backward):
+                    given = self._evaluated(closure)
+                step = self._open(optimizer, closure is not None and given is None, backward)
             elif backward != OUTSIDE:
                 self._open_own(step, optimizer)
+            elif closure is not None and step.replaces:
+                given = self._evaluated(closure)
             step.begun.add(id(optimizer))
             if step.replaces:
                 _hide(step, optimizer)
             else:
                 for parameter in self._of(optimizer):
                     parameter.stepping(step.number)
-        return None if closure is None else with_closure(self._watched(closure), optimizer, args, kwargs)
+        if closure is None:
+            return None
+        return with_closure(given or self._watched(closure), optimizer, args, kwargs)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if skips_step(optimizer) or is_nested(optimizer):
@@ -263,6 +276,7 @@ class Stepper:
         number = self.number + 1
         step = Step(number, plan(self.method, self.started, number), has_closure or backward != OUTSIDE, backward)
         self._require_possible(step, has_closure)
+        self._require_own_weights()
         draw_for(self.weights, self.seed, number)
         if backward != OUTSIDE:
             # Other weights are still to be read by the backward that is under way.
@@ -358,6 +372,28 @@ class Stepper:
                 "a closure would compute with them: call loss.backward() before optimizer.step(), without a closure"
             )
 
+    def _require_own_weights(self) -> None:
+        """Look once at weights that were loaded: the first projection would zero what lies outside the topologies.
+
+        Raises:
+            RuntimeError: when they are sparse at other positions, so that they belong to another sparsifier's state.
+        """
+        if not self.weights_loaded:
+            return
+        strays = sum(p.strays() for p in self.parameters)
+        masked = [p for p in self.parameters if p.strays()]
+        zeros = sum(int((p.parameter.detach() == 0).sum()) for p in masked)
+        inactive = sum(w.topology.numel - w.topology.nnz for p in masked for w in p.weights)
+        # Dense weights have hardly a zero; those of a sparse run have as many as this one, or nearly.
+        if strays and 2 * zeros > inactive:
+            raise RuntimeError(
+                f"the weights that were loaded are sparse, and {strays:,} of their values lie where this sparsifier "
+                "has no connections: load its state too, with sparsifier.load_state_dict, before the next step"
+            )
+        if strays:
+            _log.warning("%s values that were loaded lie outside the topologies and are zeroed", f"{strays:,}")
+        self.weights_loaded = False
+
     def _read(self, step: Step) -> None:
         """Show gradients to the observer, and set them aside for an update."""
         observe = self.method.observe if self.started else None
@@ -405,6 +441,19 @@ class Stepper:
             return loss
 
         return watched
+
+    def _replaces_next(self, backward: int) -> bool:
+        """Whether the next step's optimizers do nothing, so that a closure's gradients are for the method alone."""
+        next_kind = plan(self.method, self.started, self.number + 1)
+        return backward == OUTSIDE and next_kind in ("start", "instead") and self.method.latent is None
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Call a closure now, for its gradients; what stands for it in the optimizer's step gives the same loss."""
+        for parameter in self.parameters:
+            parameter.closed(complete=False)
+        with torch.enable_grad():
+            loss = closure()
+        return lambda: loss
 
     def _of(self, optimizer: Optimizer) -> list[Stored]:
         return [p for p in self.parameters if p.optimizer is optimizer]

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, get_type_hints
 
-from regrow.core.method import Method, Need
+from regrow.core.method import Made, Method, Need
 
 P = ParamSpec("P")
 
@@ -50,13 +50,19 @@ _ENTRY = re.compile(r"^ {4}(\w+): (.+?)(?=^ {4}\w+: |\Z)", re.S | re.M)
 
 
 def recipe(function: Callable[P, Method]) -> Callable[P, Method]:
-    """`function` itself, whose docstring then describes every option.
+    """`function` with a docstring that describes every option; its methods know the call that made them.
 
     Raises:
         TypeError: when an option is described nowhere, or the docstring describes one that does not exist.
     """
-    function.__doc__ = described(function)
-    return function
+
+    @functools.wraps(function)
+    def made(*args: P.args, **options: P.kwargs) -> Method:
+        method = function(*args, **options)
+        return method._replace(made=Made(made, args, options, method[:-1]))
+
+    made.__doc__ = described(function)
+    return made
 
 
 def preset(

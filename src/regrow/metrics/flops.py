@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from regrow.core.names import canonical
-from regrow.core.text import table
+from regrow.core.text import some, table
 from regrow.nn import Call, Kind, SparseModule, Use, kind_of
 from regrow.nn.base import dense_type, shape_of
 
@@ -436,8 +436,5 @@ def _owner(model: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def _unknown_name(given: str, n_blocks: Mapping[str, int]) -> str:
-    n_shown = 8
     names = [f"{name}[0..{count - 1}]" if count > 1 else name for name, count in n_blocks.items()]
-    shown = ", ".join(names[:n_shown]) or "none that is counted"
-    rest = f" and {len(names) - n_shown} more" if len(names) > n_shown else ""
-    return f"flops: {given!r} in densities names no weight or block of the model, which has {shown}{rest}"
+    return f"flops: {given!r} in densities names no weight or block that is counted, of which there are {some(names)}"

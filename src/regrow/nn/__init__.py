@@ -10,11 +10,13 @@ from regrow.nn.conv import SparseConv3d as SparseConv3d
 from regrow.nn.conv_transpose import SparseConvTranspose1d as SparseConvTranspose1d
 from regrow.nn.conv_transpose import SparseConvTranspose2d as SparseConvTranspose2d
 from regrow.nn.conv_transpose import SparseConvTranspose3d as SparseConvTranspose3d
+from regrow.nn.kinds import Axes as Axes
 from regrow.nn.kinds import Kind as Kind
 from regrow.nn.kinds import from_dense as from_dense
 from regrow.nn.kinds import kind_of as kind_of
 from regrow.nn.kinds import register as register
 from regrow.nn.kinds import sparse_class as sparse_class
+from regrow.nn.kinds import stacked_experts as stacked_experts
 from regrow.nn.linear import SparseBilinear as SparseBilinear
 from regrow.nn.linear import SparseConv1D as SparseConv1D
 from regrow.nn.linear import SparseLinear as SparseLinear

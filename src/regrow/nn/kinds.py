@@ -12,7 +12,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from regrow.core.topology import Topology
@@ -37,6 +37,27 @@ from regrow.nn.uses import (
 
 Blocks = Mapping[str, int]
 """The weights of a module, each with its number of equal blocks of leading rows, which are weights of their own."""
+
+
+class Axes(NamedTuple):
+    """How a parameter is read that no row knows: which axes count its outputs and its inputs.
+
+    Examples:
+        >>> Axes(), Axes(outputs=1, inputs=0)       # y = W x, y = x W
+        (Axes(outputs=0, inputs=1, blocks=1), Axes(outputs=1, inputs=0, blocks=1))
+        >>> Axes(outputs=1, inputs=2, blocks=None)  # a stack: each along the first axis is a weight
+        Axes(outputs=1, inputs=2, blocks=None)
+    """
+
+    outputs: int = 0
+    inputs: int = 1
+    blocks: int | None = 1
+    """Equal blocks of leading rows that are weights of their own; None is as many as there are rows."""
+
+    def blocks_of(self, parameter: Tensor) -> int:
+        """The number of blocks of a parameter."""
+        return parameter.shape[0] if self.blocks is None else self.blocks
+
 
 _ONE_WEIGHT = MappingProxyType({"weight": 1})
 _COMPUTING = ("forward", "_conv_forward", "__call__")
@@ -137,6 +158,7 @@ KINDS: dict[type[nn.Module] | str, Kind] = {
     for row in (
         Kind(nn.Linear, SparseLinear),
         Kind("transformers.Conv1D", SparseConv1D, out_axis=1, in_axis=0),
+        Kind("torch_geometric.Linear"),
         Kind(nn.Bilinear, SparseBilinear),
         _conv(nn.Conv1d, SparseConv1d),
         _conv(nn.Conv2d, SparseConv2d),
@@ -243,6 +265,18 @@ def kind_of(dense: type[nn.Module]) -> Kind | None:
     """
     found = _nearest(dense)
     return None if found is None else found[1]
+
+
+def stacked_experts(module: nn.Module) -> dict[str, Axes]:
+    """The weights of a module of transformers that holds all experts of a layer in stacks, (experts, ..., ...).
+
+    Its models mark such modules: `is_transposed` says whether an expert is (inputs, outputs).
+    """
+    if not type(module).__module__.startswith("transformers.") or not hasattr(module, "is_transposed"):
+        return {}
+    outputs, inputs = (2, 1) if module.is_transposed else (1, 2)
+    stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+    return {name: Axes(outputs, inputs, blocks=None) for name in stacks}
 
 
 def _nearest(dense: type[nn.Module]) -> tuple[type, Kind] | None:

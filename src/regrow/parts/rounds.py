@@ -16,6 +16,7 @@ from torch import Tensor
 from regrow.core import selection
 from regrow.core.checks import require_density
 from regrow.core.method import Allocation, Probe, Start
+from regrow.core.text import some
 from regrow.core.topology import Topology
 from regrow.core.weight import Shaped, SparseWeight, Weights
 from regrow.parts.structures import by_output, of_outputs
@@ -134,7 +135,7 @@ def _report_empty(name: str, weights: Weights, topologies: Sequence[Topology]) -
         _log.warning(
             "%s: %d of %d weights are left without any entry (%s), and nothing passes them: raise the density, or "
             "allocate at_least(1, globally)",
-            *(name, len(empty), len(weights), ", ".join(empty)),
+            *(name, len(empty), len(weights), some(empty)),
         )
 
 
@@ -165,8 +166,8 @@ def outputs_in_rounds(name: str, density: float | None, rounds: int, prune_last:
         least = sum(w.topology.numel // (1 if k else _outputs(w)) for w, k in zip(weights, kept, strict=True))
         total = weights.total(density)
         if least > total:
-            held = ", ".join(w.name for w, k in zip(weights, kept, strict=True) if k)
-            whole = f" and all of {held}" if held else ""
+            held = [w.name for w, k in zip(weights, kept, strict=True) if k]
+            whole = f" and all of {some(held)}" if held else ""
             raise ValueError(
                 f"{name}: one output of each weight{whole} take {least:,} of {weights.numel:,} entries, and density "
                 f"{density:g} leaves {total:,}: raise the density{', or give prune_last=True' if held else ''}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.method import Allocation, Drop, Growth, Regrow, Rule, Score, Statistic, Structure, Update
-from regrow.core.text import by
+from regrow.core.text import by, some
 from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight, Weights
 from regrow.parts import allocation
@@ -133,8 +133,8 @@ def reached(weights: Weights, step: int) -> list[SparseWeight]:
     """The weights that the last backward reached; the others are named in the log `regrow`."""
     live = [w for w in weights if w.has_grad]
     if len(live) < len(weights):
-        idle = ", ".join(w.name for w in weights if not w.has_grad)
-        _log.warning("step %d: no gradient reached %s: left as they are by the update", step, idle)
+        idle = [w.name for w in weights if not w.has_grad]
+        _log.warning("step %d: no gradient reached %s: left as they are by the update", step, some(idle))
     return live
 
 

@@ -20,7 +20,6 @@ from regrow.storage.memory import Memory
 from regrow.storage.operands import KeptOperands
 from regrow.storage.state import (
     SECOND_MOMENTS,
-    forget_other_state,
     preserves_zeros,
     starting_moment,
     weight_shaped_state,
@@ -155,9 +154,12 @@ class CompressedParameter(Stored):
         if not preserves_zeros(self.optimizer, self.parameter):
             self.project(state=True)
 
+    def non_zeros(self, topologies: Sequence[Topology]) -> list[int]:
+        """How many values are not zero, whatever the topologies: values have no place of their own here."""
+        return [int(w.values().count_nonzero()) for w in self._weights]
+
     def rewire(self, new: Topology) -> None:
         """Change the topology of the whole parameter, carrying values, gradient and state of the survivors."""
-        forget_other_state(self.optimizer, self.parameter)
         old = self.whole
         source = new.entry_ranks_in(old)
         state = weight_shaped_state(self.optimizer, self.parameter)

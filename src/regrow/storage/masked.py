@@ -22,7 +22,7 @@ from regrow.storage.gradient import Gradient
 from regrow.storage.rows import DenseRows, blocks_of
 from regrow.storage.state import (
     SECOND_MOMENTS,
-    forget_other_state,
+    forget_history,
     preserves_zeros,
     starting_moment,
     weight_shaped_state,
@@ -179,6 +179,17 @@ class MaskedParameter(Stored):
         for tensor in weight_shaped_state(self.optimizer, self.parameter).values() if state else ():
             zero_outside(tensor, self.mask_on(tensor.device))
 
+    def non_zeros(self, topologies: Sequence[Topology]) -> list[int]:
+        """How many values at the active entries of such topologies are not zero."""
+        blocks = [(w.block(self.parameter), t) for w, t in zip(self._weights, topologies, strict=True)]
+        return [int(values[t.entries.to(values.device)].count_nonzero()) for values, t in blocks]
+
+    def strays(self) -> int:
+        """How many values outside the topology are not zero."""
+        if self._mask is None:
+            return 0
+        return int((self.parameter.detach() != 0).logical_and_(~self.mask_on(self.parameter.device)).sum())
+
     def stepped(self) -> None:
         """Project after the optimizer's step, unless it is known to leave zeros at zero."""
         if not preserves_zeros(self.optimizer, self.parameter):
@@ -235,7 +246,7 @@ class MaskedWeight(DenseRows):
         topology = topology.to(self.owner.parameter.device)
         old, mask = self.topology, topology.mask.to(self.owner.parameter.device)
         survivors = mask if old.is_dense else mask & old.mask.to(mask.device)
-        forget_other_state(self.owner.optimizer, self.owner.parameter)
+        forget_history(self.owner.optimizer)
         state = weight_shaped_state(self.owner.optimizer, self.owner.parameter)
         moments = {key: self._starting_moment(s, topology) for key, s in state.items() if key in SECOND_MOMENTS}
         for tensor in (self.owner.parameter.detach(), *state.values()):

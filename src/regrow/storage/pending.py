@@ -16,20 +16,17 @@ from regrow.core.draws import Stream
 from regrow.core.topology import Topology
 from regrow.nn import SparseModule, sparse_class
 from regrow.nn.kinds import release, restore
+from regrow.storage.behaviour import behaviour_of
 from regrow.storage.compressed import CompressedParameter
 from regrow.storage.gradient import Gradient
 from regrow.storage.memory import Memory
 from regrow.storage.rows import DenseRows, blocks_of
 from regrow.storage.state import (
     SECOND_MOMENTS,
-    forget_other_state,
     starting_moment,
     weight_shaped_state,
 )
 from regrow.storage.stored import Draft
-
-REFUSED = frozenset({"Muon", "Adafactor", "LBFGS"})
-"""Optimizers of torch.optim that read a weight's dense shape, or all parameters as one vector."""
 
 Holder = tuple[nn.Module, str]
 """A module and the name under which it holds a parameter."""
@@ -110,7 +107,6 @@ class PendingParameter(Draft):
         topology = self.whole
         capacity = max(room, topology.nnz)
         held = weight_shaped_state(self.optimizer, self.parameter)
-        forget_other_state(self.optimizer, self.parameter)
         state = {key: _gathered(tensor, topology, capacity) for key, tensor in held.items()}
         dense, grad = self.parameter.detach(), self.parameter.grad
         values = self._drawn(topology, capacity, seed) if dense.is_meta else _gathered(dense, topology, capacity)
@@ -179,21 +175,17 @@ def _require_sparse_form(name: str, optimizer: Optimizer, holders: Sequence[Hold
                 f"{name} belongs to a {type(module).__name__}, of which there is no sparse form: name it in skip=, or "
                 'use storage="masked" or storage="auto"'
             )
-    if is_refused(optimizer):
+    behaviour = behaviour_of(optimizer)
+    if not behaviour.alone:
         raise ValueError(
-            f"{type(optimizer).__name__} cannot step {name} compressed, since it is no element-wise optimizer: use "
-            'SGD, Adam or another element-wise one for it, or storage="masked"'
+            f"{type(optimizer).__name__} cannot step {name} compressed, since it {behaviour.why}: use SGD, Adam or "
+            'another element-wise one for it, or storage="masked"'
         )
     if any(torch.is_tensor(s) and s.is_meta for state in optimizer.state.values() for s in state.values()):
         raise ValueError(
             f"{type(optimizer).__name__} began with state on the meta device, whose values are lost: build the model "
             "on a real device, or use an optimizer that makes its state in its first step"
         )
-
-
-def is_refused(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, or one that it derives from, cannot work on active values alone."""
-    return any(base.__name__ in REFUSED for base in type(optimizer).__mro__)
 
 
 def swap_memory(one: Tensor, other: Tensor) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrow.storage.behaviour import behaviour_of
+
 ZERO_PRESERVING = frozenset({"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop"})
 """Optimizers of torch.optim that leave an entry at zero whose value, gradient and state are zero."""
 
@@ -30,18 +32,19 @@ def preserves_zeros(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 
 
 def weight_shaped_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The state tensors that have the parameter's shape, by name: what can be carried entry by entry."""
-    state = optimizer.state.get(parameter, {})
-    return {key: s for key, s in state.items() if torch.is_tensor(s) and s.shape == parameter.shape}
+    """The state that belongs to the parameter's entries one by one, by name: it is zeroed and moved with them.
+
+    What else an optimizer keeps is left as it is: factors of moments, a basis and what is written in it, codes.
+    """
+    state, own = optimizer.state.get(parameter, {}), behaviour_of(optimizer).own
+    shaped = {key: s for key, s in state.items() if torch.is_tensor(s) and s.shape == parameter.shape}
+    return {key: s for key, s in shaped.items() if s.is_floating_point() and (own is None or key in own)}
 
 
-def forget_other_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Clear state that cannot be carried entry by entry: factored moments, LBFGS's history."""
+def forget_history(optimizer: Optimizer) -> None:
+    """Clear what LBFGS keeps of earlier steps, which were those of another topology."""
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
-    state = optimizer.state.get(parameter, {})
-    if any(torch.is_tensor(s) and s.dim() and s.shape != parameter.shape for s in state.values()):
-        del optimizer.state[parameter]
 
 
 def second_moment_bias(optimizer: Optimizer, parameter: nn.Parameter) -> float:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from regrow.core.topology import Topology
 from regrow.core.weight import SparseWeight
 from regrow.storage.gradient import Gradient
 from regrow.storage.state import gradient_scale
@@ -61,6 +62,14 @@ class Stored(Draft):
 
     def project(self, state: bool) -> None:
         """Make sure that values are zero outside the topology, and on demand the optimizer's `state` too."""
+
+    def non_zeros(self, topologies: Sequence[Topology]) -> list[int] | None:
+        """How many values at the active entries of such topologies are not zero; None where values are computed."""
+        return None
+
+    def strays(self) -> int:
+        """How many values outside the topology are not zero, and would be lost at the next projection."""
+        return 0
 
     def opened(self, loaded: bool) -> None:
         """A training step begins: scale what was set aside as the gradient was clipped or unscaled since."""
