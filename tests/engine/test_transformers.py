@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import regrow
 from regrow import methods
+from regrow.engine.discovery import find
 
 STEPS = 60
 
@@ -79,3 +80,44 @@ def test_foreign_models_train_sparsely(make: Callable[[], tuple[nn.Module, dict[
     own = dict(model.named_parameters())
     assert sum(int((own[name] != 0).sum()) for name in sparsifier.topologies) <= sparsifier.nnz
     assert sparsifier.nnz == round(0.3 * sparsifier.numel)
+
+
+ARCHITECTURES = [
+    "Bert",
+    "ConvNext",
+    "DeepseekV3",
+    "Electra",
+    "GPT2",
+    "GptOss",
+    "Llama",
+    "Mamba",
+    "Mamba2",
+    "Mixtral",
+    "Qwen3",
+    "Qwen3Moe",
+    "ResNet",
+    "Swin",
+    "T5",
+    "ViT",
+    "Wav2Vec2",
+    "Whisper",
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_matrix_of_a_foreign_model_is_accounted_for(name: str) -> None:
+    """Sparsified, or listed once with its reason; nearly all weights are sparsified, stacked experts too."""
+    few = dict.fromkeys(("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers"), 2)
+    config = getattr(transformers, f"{name}Config")(**few)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    found, excluded = find(model)
+    told = [f.name for f in found] + [e.name for e in excluded]
+    assert len(set(told)) == len(told)
+    # What weight norm computes a weight from is listed as that weight.
+    matrices = {n for n, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1}
+    assert {n for n in matrices if ".parametrizations." not in n} <= set(told)
+    assert {e.reason.partition(" ")[0] for e in excluded} <= {"embedding", "depthwise", "in", "no", "reparametrized"}
+    sparse = sum(f.parameter.numel() for f in found)
+    unknown = sum(e.numel for e in excluded if e.reason.startswith("in an unknown"))
+    assert unknown < 0.02 * sparse
