@@ -7,6 +7,7 @@ be read into a plain one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,9 @@ from regrow.nn import SparseModule
 from regrow.nn.base import PERSISTENT
 
 FORMAT = 1
+
+PARTIAL = ".partial"
+"""How the name of a file ends that is being written."""
 
 
 class Held(NamedTuple):
@@ -317,19 +321,45 @@ def _line(error: BaseException) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` on success and removed on error.
 
+    What was written lies on the disk before it is renamed, so that no loss of power leaves an empty file.
+
     Raises:
         FileNotFoundError: when the folder does not exist.
+        OSError: when the disk is full, naming `path`.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist: make it first")
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"there is no room to write {path} ({error.strerror}): what was there before is kept") from None
+
+
+def partial_files(folder: Path) -> list[Path]:
+    """What `replacing` began to write in a folder and never finished, since its process was killed."""
+    return sorted(folder.glob(f".*{PARTIAL}"))
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or a folder's entries, written to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(file)
 
 
 def _umask() -> int:

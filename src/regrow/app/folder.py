@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from regrow.app import data as datasets
 from regrow.app import loop, pictures
 from regrow.app.config import Config, resolved, write_text
-from regrow.files import save
+from regrow.files import partial_files, save
 
 LOCK = ".lock"
 
@@ -40,14 +40,20 @@ def run(config: Config, folder: Path, report: loop.Report) -> dict[str, Any]:
     except Timeout:
         raise ValueError(f"another process is training in {folder}: wait for it, or choose another --out") from None
     try:
+        if (done := complete(settings, folder)) is not None:
+            # Another process was faster since the folder was looked at.
+            return done
+        for leftover in partial_files(folder):
+            leftover.unlink(missing_ok=True)
         write_text(folder / "config.json", settings.to_json())
         loop.resume(job, folder)
         for _ in loop.train(job, data, folder, report):
             pass
         return _conclude(job, data, folder)
     finally:
-        lock.release()
+        # While it is held: whoever had opened it already finds it gone, and not free.
         (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def prepare(config: Config) -> tuple[datasets.Data, Config]:
@@ -66,7 +72,10 @@ def complete(settings: Config, folder: Path) -> dict[str, Any] | None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {
+        LOCK,
+        *(p.name for p in partial_files(folder)),
+    }:
         return None
     path = folder / "config.json"
     if not path.is_file():
@@ -97,8 +106,8 @@ def _conclude(job: loop.Run, data: datasets.Data, folder: Path) -> dict[str, Any
     result = loop.result(job, data)
     save(job.sparsifier, folder / "model.safetensors")
     draw(folder, result)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
     write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
 
 

@@ -6,6 +6,7 @@ The library's whole part in it is one call of `regrow.sparsify`.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -41,6 +43,8 @@ from regrow.files import replacing
 from regrow.metrics.flops import Flops
 from regrow.parts.starts import given
 from regrow.storage.stored import Storage
+
+_log = logging.getLogger("regrow")
 
 CHECKPOINT_SECONDS = 30.0
 RECORDS = 200
@@ -404,11 +408,22 @@ class Maps:
         self.counts: list[np.ndarray[Any, Any]] = []
         kept = folder / "connections.npz"
         if run.done and kept.exists():
-            with np.load(kept, allow_pickle=False) as file:
-                upto = int((file["steps"] <= run.done).sum())
-                self.steps, self.counts = file["steps"][:upto].tolist(), list(file["counts"][:upto])
+            self._take(kept, run.done)
         elif run.sparsifier.started:
             self.see(run)
+
+    def _take(self, path: Path, done: int) -> None:
+        """Go on with the maps of an earlier process; what is damaged is left out, since a picture stops no run."""
+        try:
+            with path.open("rb") as held, np.load(held, allow_pickle=False) as file:
+                steps, counts = file["steps"], file["counts"]
+            if counts.shape != (*steps.shape, *self.shape[1:]):
+                raise ValueError(f"it holds maps of shape {counts.shape} for {steps.shape} steps")
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+            _log.warning("%s cannot be read (%s): the maps begin at step %s", path, error, f"{done:,}")
+            return
+        upto = int((steps <= done).sum())
+        self.steps, self.counts = steps[:upto].tolist(), list(counts[:upto])
 
     def see(self, run: Run) -> None:
         """Count connections if a map is wanted at this step."""
@@ -428,8 +443,9 @@ class Maps:
 def save_checkpoint(run: Run, maps: Maps, folder: Path) -> None:
     """Write `checkpoint.pt` and `connections.npz` atomically."""
     maps.write(folder)
-    with replacing(folder / "checkpoint.pt") as temporary:
-        torch.save(run.checkpoint(), temporary)
+    # Through a file of Python's, whose errors name what is wrong with the disk.
+    with replacing(folder / "checkpoint.pt") as temporary, temporary.open("wb") as file:
+        torch.save(run.checkpoint(), file)
 
 
 def resume(run: Run, folder: Path) -> bool:
