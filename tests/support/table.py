@@ -20,6 +20,7 @@ from regrow.parts import (
     blocks,
     by_flops,
     by_gradient,
+    by_gradient_where_lost,
     by_momentum,
     by_momentum_per_neuron,
     constant,
@@ -40,8 +41,11 @@ from regrow.parts import (
     mean_magnitude,
     mean_momentum,
     mixed,
+    n_of_m,
     nonzeros,
     random,
+    random_topology,
+    signed,
     survivors,
     taylor,
     unexplored_first,
@@ -247,6 +251,21 @@ METHODS: dict[str, Row] = {
         ),
         conserving=True,
         draws=True,
+    ),
+    "deep_r-nm": Row(
+        lambda: methods.deep_r(0.5, until=UNTIL, l1=1e-3, noise=1e-2, grow=by_gradient_where_lost(2))._replace(
+            start=signed(random_topology(0.5, uniform, n_of_m(1, 2)))
+        ),
+        own=True,
+        draws=True,
+        density=0.5,
+    ),
+    "rigl_nm": Row(
+        lambda: methods.rigl_nm(n=1, m=2, until=UNTIL, interval=INTERVAL),
+        own=True,
+        moving=True,
+        draws=True,
+        density=0.5,
     ),
     "gse-parts": dynamic(
         lambda: methods.gse(

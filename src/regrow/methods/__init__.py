@@ -20,6 +20,7 @@ from regrow.methods.dynamic.itop import itop_rigl as itop_rigl
 from regrow.methods.dynamic.itop import itop_set as itop_set
 from regrow.methods.dynamic.mest import mest as mest
 from regrow.methods.dynamic.rigl import rigl as rigl
+from regrow.methods.dynamic.rigl_nm import rigl_nm as rigl_nm
 from regrow.methods.dynamic.set_ import set_ as set_
 from regrow.methods.dynamic.snfs import snfs as snfs
 from regrow.methods.dynamic.srigl import srigl as srigl
@@ -63,6 +64,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "set": set_,
         "snfs": snfs,
         "rigl": rigl,
+        "rigl_nm": rigl_nm,
         "dst": dst,
         "itop_set": itop_set,
         "itop_rigl": itop_rigl,

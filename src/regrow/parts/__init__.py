@@ -94,6 +94,7 @@ from regrow.parts.growth import (
     at_random,
     at_random_where_lost,
     by_gradient,
+    by_gradient_where_lost,
     by_momentum,
     by_momentum_per_neuron,
     gradient,
@@ -198,6 +199,8 @@ from regrow.parts.starts import (
     random_fan_in,
     random_topology,
     scale_to_fan_in,
+    signed,
+    signs,
 )
 from regrow.parts.structures import (
     Boxes,
@@ -241,10 +244,9 @@ __all__ = [  # noqa: RUF022 - by noun
     "adaptive_threshold", "Careful", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign",
     "require_equal_units", "share", "smallest",
     # Fields and growths
-    "at_random", "at_random_where_lost", "by_gradient", "by_momentum", "by_momentum_per_neuron", "gradient",
-    "half_by_gradient", "highest",
-    "highest_per_neuron", "mixed", "momentum", "needs_of", "Reading", "READS", "require_finite", "sampled_gradient",
-    "unexplored_first",
+    "at_random", "at_random_where_lost", "by_gradient", "by_gradient_where_lost", "by_momentum",
+    "by_momentum_per_neuron", "gradient", "half_by_gradient", "highest", "highest_per_neuron", "mixed", "momentum",
+    "needs_of", "Reading", "READS", "require_finite", "sampled_gradient", "unexplored_first",
     # Statistics
     "mean_magnitude", "mean_momentum", "nonzeros", "survivors",
     # Allocations
@@ -263,7 +265,7 @@ __all__ = [  # noqa: RUF022 - by noun
     # Starts
     "by_score", "dense", "given", "prune_and_grow_global", "prune_and_grow_structured", "prune_and_grow_uniform",
     "prune_global", "prune_structured", "prune_uniform", "random_fan_in", "random_topology",
-    "scale_to_fan_in",
+    "scale_to_fan_in", "signed", "signs",
     # Starts in rounds
     "Candidates", "connection_sensitivity", "every_position", "gradient_flow", "in_rounds", "outputs_in_rounds",
     "remaining", "Sensitivity", "synaptic_flow",

@@ -77,6 +77,49 @@ def at_random_where_lost(weight: SparseWeight, taken: Topology, count: int) -> T
     return from_index(taken.grid, weight.out_axis, grown).nonzero().view(-1)
 
 
+def by_gradient_where_lost(m: int) -> Growth:
+    """Grow where |gradient| is largest, in each `m` consecutive inputs as many as they lost, so that patterns n:m stay.
+
+    The gradient is read in the groups that lost something, and nowhere else. Equal values go to the lower position.
+
+    Args:
+        m: inputs of a group, at each output and position of a kernel; the last group may have fewer.
+
+    Raises:
+        ValueError: for an `m` below 1; from the growth, for a count that is not what the weight lost, as redistribution
+            asks for, or when a gradient is not finite; naming the weight.
+
+    Source: the proposal of pytorch/ao issue 3222 (2025), where a 2:4 group that loses an entry gets back the position
+    of largest dense gradient.
+    """
+    if m < 1:
+        raise ValueError(f"by_gradient_where_lost: a group has at least 1 input, got m = {m}")
+
+    def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        lost = weight.topology.without(taken)
+        if lost.numel() != count or not weight.topology.is_unstructured:
+            raise ValueError(
+                f"{weight.name}: by_gradient_where_lost gives every group of {m} inputs back what it lost, "
+                f"{lost.numel():,} entries in all, and {count:,} are to grow: leave out redistribute, structure and "
+                "regrow_dropped='forbid'"
+            )
+        stride, inputs = math.prod(weight.shape[weight.in_axis + 1 :]), weight.shape[weight.in_axis]
+        first: Tensor
+        quota: Tensor
+        first, quota = torch.unique(lost - lost // stride % inputs % m * stride, return_counts=True)
+        step = torch.arange(m, device=first.device)
+        positions = first[:, None] + step * stride
+        group = torch.arange(first.numel(), device=first.device)[:, None].expand_as(positions)
+        inside = ((first // stride % inputs)[:, None] + step < inputs) & ~taken.contains(positions)
+        candidates, order = positions[inside].sort()
+        score = weight.grads_at(candidates).abs()
+        require_finite(weight, score)
+        best = _highest_of_each(group[inside][order].cpu(), score.cpu(), quota.cpu())
+        return candidates[best.to(candidates.device)]
+
+    return Reading(grow, Need.GRADIENT)
+
+
 def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
     """Positions drawn uniformly among those never active, and only then among the others; a `Growth`.
 
