@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from support.paper import (
     assert_same,
     backward,
     batches,
+    in_pattern,
     library,
     masks,
     network,
@@ -152,6 +154,33 @@ class SrSte(Program):
             self.mask[n] = chosen.ravel()
 
 
+class SSte(Program):
+    """The groups of a line end where its inputs do."""
+
+    def groups(self, n: str) -> list[Array]:
+        shape, m = self.shape[n], self.o.get("m", 4)
+        lines = np.moveaxis(np.arange(self.v[n].size).reshape(shape), 1, -1).reshape(-1, shape[1])
+        return [line[i : i + m] for line in lines for i in range(0, line.size, m)]
+
+    def soft(self, n: str) -> Array:
+        found = np.zeros(self.v[n].size)
+        for group in self.groups(n):
+            v, kept = self.v[n][group], self.mask[n][group]
+            found[group] = np.sign(v) * np.maximum(np.abs(v) - max(np.abs(v[~kept]), default=0.0), 0)
+        return found
+
+    def effective(self, n: str) -> Array:
+        return self.beta[n] * self.soft(n)
+
+    def choose(self) -> None:
+        of, m = self.o.get("n", 2), self.o.get("m", 4)
+        for n, count in zip(self.sparse, self.counts(of / m, {}), strict=True):
+            self.mask[n] = in_pattern(np.abs(self.v[n]), self.shape[n], count, of, m)
+        if self.t == 0:
+            soft = {n: self.soft(n) for n in self.sparse}
+            self.beta = {n: self.v[n] @ s / (s @ s) for n, s in soft.items()}
+
+
 class TopKast(Program):
     def pull(self, n: str, G: Array) -> tuple[Array, Array]:
         weight = self.mask[n] + (self.B[n] & ~self.mask[n]) / self.o["density"]
@@ -267,6 +296,7 @@ PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
     "dnw": Straight,
     "ste": Straight,
     "sr_ste": SrSte,
+    "s_ste": SSte,
     "top_kast": TopKast,
     "str": Str,
     "movement": Movement,
@@ -337,6 +367,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "dnw": {"density": 0.3},
     "ste": {"density": 0.3},
     "sr_ste": {"density": 0.3},
+    "s_ste": {},
     "top_kast": {"density": 0.3, "backward_density": 0.6},
     "str": {"initial": -3.0},
     "movement": {"density": 0.3, "until": 9},
@@ -352,6 +383,9 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("ste", {"ramp": 5, "allocate": "globally"}),
     ("sr_ste", {}),
     ("sr_ste", {"decay": 0.03}),
+    ("s_ste", {}),
+    ("s_ste", {"n": 1}),
+    ("s_ste", {"n": 3, "m": 5}),
     ("top_kast", {}),
     ("top_kast", {"penalty": 0.02, "interval": 3, "allocate": "globally"}),
     ("top_kast", {"backward_density": 1.0, "allocate": "erk"}),
@@ -389,6 +423,45 @@ def test_a_pattern_run_is_that_of_the_paper(options: dict[str, Any]) -> None:
             assert (mask.reshape(-1, 4).sum(1) == options["n"]).all(), n
 
 
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(6, 5, 2), nn.Linear(6, 5), nn.Conv1d(6, 5, 3)])
+def test_what_a_pattern_loses_is_continuous_and_its_factor_stays(layer: nn.Module) -> None:
+    """S-STE: where an entry takes the place of another, both are zero; beta is that of the first values."""
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    first, axis = model[0].weight.detach().clone(), int(not isinstance(layer, nn.ConvTranspose2d))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME["s_ste"](n=1, m=3))
+    groups = lambda t: t.movedim(axis, -1).reshape(-1, 3)  # noqa: E731
+    dense = groups(first)
+    large, middle, _ = dense.abs().sort(1, descending=True).values.T
+    soft = torch.zeros_like(dense).scatter(1, dense.abs().argmax(1)[:, None], (large - middle)[:, None]) * dense.sign()
+    beta = float((dense * soft).sum() / soft.square().sum())
+    torch.testing.assert_close(groups(model[0].weight.detach()), beta * soft, rtol=1e-12, atol=1e-14)
+    moved = False
+    for _ in range(30):
+        optimizer.zero_grad()
+        old, topology = model[0].weight.detach().clone(), sparsifier.weights[0].topology
+        (model[0].weight * torch.randn(first.shape).double()).sum().backward()
+        step = 0.05 * float(model[0].weight.grad.abs().max())
+        optimizer.step()
+        # Neither a value nor a threshold moves by more than a step.
+        assert float((model[0].weight - old).detach().abs().max()) <= beta * 2 * step * (1 + 1e-9)
+        moved |= topology != sparsifier.weights[0].topology
+    assert moved
+    assert float(sparsifier.weights[0].state["scale"]) == pytest.approx(beta, rel=1e-12)
+
+
+def test_a_weight_of_zeros_begins_with_a_factor_of_one() -> None:
+    """S-STE: as last layers of residual branches begin; <v, w> / <w, w> would be 0 / 0."""
+    model = nn.Linear(8, 4, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME["s_ste"]())
+    assert float(sparsifier.weights[0].state["scale"]) == 1
+    (model.weight * torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    assert int((model.weight != 0).sum()) == sparsifier.nnz == 16
+
+
 NEEDED: dict[str, dict[str, Any]] = {
     "dnw": {"density": 0.3},
     "ste": {"density": 0.3},
@@ -423,6 +496,7 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 6), ({"decay": 0.03}, 1)],
         "allocate": ALLOCATE,
     },
+    "s_ste": {"n": [({"n": 1}, 0)], "m": [({"m": 3}, 0)]},
     "top_kast": {
         "density": DENSITY[:1],
         "backward_density": [({"backward_density": 1.0}, 11), ({"backward_density": 0.3}, 1)],
@@ -511,6 +585,11 @@ def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], tol
     """Property 48."""
     with pytest.raises(ValueError, match=f"^{name}: {told}"):
         BY_NAME[name](**(SHORT[name] | change))
+
+
+def test_a_pattern_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^n_of_m: n must lie in \[1, m\], got n = 5 and m = 4"):
+        BY_NAME["s_ste"](n=5, m=4)
 
 
 @pytest.mark.parametrize("name", ["movement", "soft_movement"])

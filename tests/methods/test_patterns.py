@@ -28,9 +28,9 @@ from support.paper import (
     annealed,
     assert_same,
     history,
+    in_pattern,
     library,
     meant,
-    only,
     regular,
     shared,
     start,
@@ -65,25 +65,11 @@ def groups_of(run: Program, n: str, m: int) -> list[Array]:
     return [line[i : i + m] for line in lines_of(run, n) for i in range(0, line.size, m)]
 
 
-def patterned(run: Program, n: str, count: int, o: Options) -> Array:
-    """The largest draws of each group; of what is left over as many in each line, and one more where it is best."""
-    score = stream(run, n).uniform(run.w[n].size)
-    whole = run.shapes[n][1] // o["m"] * o["m"]
-    chosen = [top(score, o["n"], g) for line in lines_of(run, n) for g in line[:whole].reshape(-1, o["m"])]
-    rests = [line[whole:] for line in lines_of(run, n)]
-    each, surplus = divmod(count - sum(c.size for c in chosen), len(rests))
-    chosen += [top(score, each, rest) for rest in rests]
-    if surplus:
-        following = [top(score, each + 1, rest)[-1:] for rest in rests]
-        chosen.append(top(score, surplus, np.concatenate(following)))
-    return only(run, n, np.concatenate(chosen).astype(int))
-
-
 def paper(name: str, options: Options, kind: str, seed: int) -> History:
     o = PAPERS[name] | options
     run = start(kind, seed, keep=o["regrow_dropped"])
     for n, count in zip(run.sparse, shared(run, "uniform", total_of(run, o["n"] / o["m"]), run.sparse), strict=True):
-        run.mask[n] = patterned(run, n, count, o)
+        run.mask[n] = in_pattern(stream(run, n).uniform(run.w[n].size), run.shapes[n], count, o["n"], o["m"])
         run.w[n] = run.w[n] * run.mask[n]
 
     def update(run: Program, g: Arrays) -> None:

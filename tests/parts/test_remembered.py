@@ -51,6 +51,7 @@ def test_saved_keys_stay() -> None:
         "MOVEMENT_SCORES": "scores",
         "SOFT_THRESHOLD": "threshold",
         "GATE_LOGITS": "log_alpha",
+        "SCALE": "scale",
         "LOG_VARIANCE": "log_variance",
     }
 

@@ -321,6 +321,7 @@ METHODS: dict[str, Row] = {
     "ste": learned(lambda: methods.ste(DENSITY, ramp=UNTIL, allocate=erk), falling=True),
     "sr_ste": learned(lambda: methods.sr_ste(DENSITY, decay=0.01), conserving=True, own=True),
     "sr_ste-pattern": learned(lambda: methods.sr_ste(n=1, m=2), density=0.5, own=True),
+    "s_ste": learned(lambda: methods.s_ste(n=1, m=2), density=0.5, own=True),
     "top_kast": learned(lambda: methods.top_kast(DENSITY, backward_density=0.4), conserving=True, own=True),
     "top_kast-rarely": learned(
         lambda: methods.top_kast(DENSITY, backward_density=1.0, interval=INTERVAL, penalty=0.01, allocate=globally),

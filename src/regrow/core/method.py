@@ -153,6 +153,8 @@ class Parts(NamedTuple):
     """The weight's state: tensors trained beside the latent values, and what rules keep there."""
     noise: Tensor | None = None
     """The draws of this step, of the weight's shape; None asks for the weight that is evaluated."""
+    in_axis: int = 1
+    """Which axis counts the inputs."""
 
 
 class Latent(NamedTuple):

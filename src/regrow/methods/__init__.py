@@ -32,6 +32,7 @@ from regrow.methods.gradual.granet import granet_uniform as granet_uniform
 from regrow.methods.learned.dnw import dnw as dnw
 from regrow.methods.learned.l0 import l0 as l0
 from regrow.methods.learned.movement import movement as movement
+from regrow.methods.learned.s_ste import s_ste as s_ste
 from regrow.methods.learned.soft_movement import soft_movement as soft_movement
 from regrow.methods.learned.sr_ste import sr_ste as sr_ste
 from regrow.methods.learned.ste import ste as ste
@@ -79,6 +80,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "dnw": dnw,
         "ste": ste,
         "sr_ste": sr_ste,
+        "s_ste": s_ste,
         "top_kast": top_kast,
         "str": str_,
         "movement": movement,

@@ -130,6 +130,7 @@ from regrow.parts.remembered import (
     MOMENTUM,
     MOVEMENT_SCORES,
     PLACED,
+    SCALE,
     SOFT_THRESHOLD,
     TARGET,
     Remembered,
@@ -152,6 +153,7 @@ from regrow.parts.reparametrizations import (
     one_number,
     open_probability,
     ranked_counts,
+    shrunk,
     soft_threshold,
     start_by,
     straight_through,
@@ -273,10 +275,10 @@ __all__ = [  # noqa: RUF022 - by noun
     "EXPLORATION", "explored_entries", "keep_momentum", "mark_explored",
     # What is remembered
     "BACKWARD_SET", "DROP_THRESHOLD", "EXPLORED", "GATE_LOGITS", "LATENT", "LOG_VARIANCE", "MOMENTUM",
-    "MOVEMENT_SCORES", "PLACED", "Remembered", "SOFT_THRESHOLD", "Stateful", "TARGET",
+    "MOVEMENT_SCORES", "PLACED", "Remembered", "SCALE", "SOFT_THRESHOLD", "Stateful", "TARGET",
     # Reparametrizations
     "activate_highest", "activate_where", "DenseScore", "dropout_divergence", "filled_with", "GATE_HIGH",
     "GATE_LOW", "gated", "hard_concrete", "highest_positions", "latent_magnitude", "log_dropout", "noisy",
-    "one_number", "open_probability", "ranked_counts", "soft_threshold", "start_by", "straight_through",
+    "one_number", "open_probability", "ranked_counts", "shrunk", "soft_threshold", "start_by", "straight_through",
 ]
 # fmt: on

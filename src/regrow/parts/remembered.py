@@ -103,5 +103,8 @@ SOFT_THRESHOLD = Remembered("threshold", "trained threshold", f'{_LATENT} that t
 GATE_LOGITS = Remembered("log_alpha", "trained gates", f'{_LATENT} that trains "log_alpha"')
 """log alpha of the gates of L0 regularization, of the weight's shape."""
 
+SCALE = Remembered("scale", "factor of what is left of its values", "start the method first")
+"""The factor that makes up for a soft threshold in S-STE, float64 ()."""
+
 LOG_VARIANCE = Remembered("log_variance", "trained variances", f'{_LATENT} that trains "log_variance"')
 """log sigma^2 of variational dropout, of the weight's shape."""

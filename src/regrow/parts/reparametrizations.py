@@ -17,7 +17,7 @@ from regrow.core import selection
 from regrow.core.method import Allocation, Parts, Rule, Start, Structure, Update
 from regrow.core.topology import Topology
 from regrow.core.weight import Shaped, SparseWeight, Weights
-from regrow.parts.remembered import LATENT, LOG_VARIANCE, MOVEMENT_SCORES, SOFT_THRESHOLD
+from regrow.parts.remembered import LATENT, LOG_VARIANCE, MOVEMENT_SCORES, SCALE, SOFT_THRESHOLD
 
 _log = logging.getLogger("regrow")
 
@@ -143,6 +143,22 @@ def soft_threshold(parts: Parts, g: Callable[[Tensor], Tensor]) -> Tensor:
     Source: Kusupati et al. 2020, Soft Threshold Weight Reparameterization, equation 3.
     """
     return parts.latent.sign() * F.relu(parts.latent.abs() - g(SOFT_THRESHOLD.of(parts)))
+
+
+def shrunk(parts: Parts, m: int) -> Tensor:
+    """`SCALE` times sign(v) max(|v| - t, 0), t the largest inactive |v| of each `m` consecutive inputs, or 0.
+
+    The gradient passes to v as if the weight were v.
+
+    Source: Hu et al. 2024, S-STE, section 4.1.
+    """
+    values = parts.latent.detach()
+    hidden = (values.abs() * ~parts.active).movedim(parts.in_axis, -1)
+    inputs = hidden.shape[-1]
+    groups = F.pad(hidden, (0, -inputs % m)).reshape(*hidden.shape[:-1], -(-inputs // m), m)
+    threshold = groups.amax(-1).repeat_interleave(m, -1)[..., :inputs].movedim(-1, parts.in_axis)
+    # In this order, the difference is exactly zero and the weight is exactly what is computed.
+    return SCALE.of(parts) * values.sign() * F.relu(values.abs() - threshold) + (parts.latent - values)
 
 
 def noisy(parts: Parts) -> Tensor:

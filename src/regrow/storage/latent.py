@@ -197,7 +197,8 @@ class LatentWeight(DenseRows):
     def parts(self, noise: Tensor | None = None, trained: Mapping[str, Tensor] | None = None) -> Parts:
         """What the weight is computed from, `trained` tensors in the place of those held."""
         latent = _wide(self.state[LATENT]) if trained is None else trained[LATENT]
-        return Parts(latent, self.mask, self.state if trained is None else {**self.state, **trained}, noise)
+        state = self.state if trained is None else {**self.state, **trained}
+        return Parts(latent, self.mask, state, noise, self.in_axis)
 
     def computed(self, drawn: bool) -> Tensor:
         """The weight of a training forward if `drawn`, else the one that is evaluated, (shape)."""
@@ -262,10 +263,13 @@ class LatentWeight(DenseRows):
         )
 
     def rewire(self, topology: Topology) -> None:
-        """Change the topology; latent values and their optimizer state stay as they are everywhere."""
+        """Change the topology and compute the weight, also where the topology stays: its state may have changed.
+
+        Latent values and their optimizer state stay as they are everywhere.
+        """
         if topology != self.topology:
             self._take(topology)
-            self.owner.rewired()
+        self.owner.rewired()
 
     def restore(self, topology: Topology) -> None:
         """Take on a saved topology; the parameter is computed when its state is there too."""
