@@ -192,6 +192,49 @@ class TopKast(Program):
             self.B = self.highest(self.o["backward_density"], self.magnitudes())
 
 
+class DynaDiag(Program):
+    decay = None
+
+    def diagonal(self, n: str) -> Array:
+        shape = (self.shape[n][0], self.v[n].size // self.shape[n][0])
+        i, j = np.indices(shape)
+        return ((i - j) % shape[0] if shape[0] >= shape[1] else (j - i) % shape[1]).ravel()
+
+    def first(self, n: str) -> Array:
+        number = int(self.diagonal(n).max()) + 1
+        return np.full(number, 1 / number)
+
+    def chosen(self, n: str) -> int:
+        counts = dict(zip(self.sparse, self.counts(self.o["density"], {}), strict=True))
+        return math.ceil(counts[n] / (self.v[n].size / self.s[n].size))
+
+    def shares(self, n: str) -> Array:
+        power = np.exp(self.s[n] / self.T - (self.s[n] / self.T).max())
+        return self.chosen(n) * power / power.sum()
+
+    def effective(self, n: str) -> Array:
+        if self.T == 0:
+            return self.v[n] * self.mask[n]
+        return self.v[n] * np.minimum(self.shares(n), 1)[self.diagonal(n)]
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        if self.T == 0:
+            return G * self.mask[n], np.zeros(0)
+        share, on = self.shares(n), self.diagonal(n)
+        through = np.bincount(on, G * self.v[n]) * (share <= 1)
+        # The softmax is s = share / K; of K s_p the derivative by alpha_q is K (s_p [p = q] - s_p s_q) / T.
+        slope = (share * through - share * (share @ through) / self.chosen(n)) / self.T
+        return G * np.minimum(share, 1)[on], slope
+
+    def choose(self) -> None:
+        high, low, until = self.o.get("temperature", 5.0), self.o.get("last_temperature", 0.05), self.o["until"]
+        self.T = low + (high - low) * (1 + math.cos(math.pi * self.t / until)) / 2 if self.t < until else 0.0
+        if self.t == until:
+            for n in self.sparse:
+                best = top(self.s[n], self.chosen(n), np.arange(self.s[n].size))
+                self.mask[n] = np.isin(self.diagonal(n), best)
+
+
 class Str(Program):
     decay = None
 
@@ -298,6 +341,7 @@ PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
     "sr_ste": SrSte,
     "s_ste": SSte,
     "top_kast": TopKast,
+    "dynadiag": DynaDiag,
     "str": Str,
     "movement": Movement,
     "soft_movement": SoftMovement,
@@ -305,6 +349,7 @@ PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
     "variational_dropout": VariationalDropout,
 }
 TRAINED = {
+    "dynadiag": "alpha",
     "str": "threshold",
     "movement": "scores",
     "soft_movement": "scores",
@@ -369,6 +414,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "sr_ste": {"density": 0.3},
     "s_ste": {},
     "top_kast": {"density": 0.3, "backward_density": 0.6},
+    "dynadiag": {"density": 0.3, "until": 9, "temperature": 0.02, "last_temperature": 0.01},
     "str": {"initial": -3.0},
     "movement": {"density": 0.3, "until": 9},
     "soft_movement": {"until": 9, "threshold": 0.4999, "penalty": 0.01},
@@ -389,6 +435,9 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("top_kast", {}),
     ("top_kast", {"penalty": 0.02, "interval": 3, "allocate": "globally"}),
     ("top_kast", {"backward_density": 1.0, "allocate": "erk"}),
+    ("dynadiag", {}),
+    ("dynadiag", {"alpha_lr": 0.02, "allocate": "erk"}),
+    ("dynadiag", {"temperature": 5.0, "last_temperature": 0.05, "until": 4, "density": 0.05}),
     ("str", {}),
     ("str", {"threshold": "exp", "threshold_lr": 0.05, "threshold_weight_decay": 0.3}),
     ("movement", {}),
@@ -467,6 +516,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ste": {"density": 0.3},
     "sr_ste": {"density": 0.3},
     "top_kast": {"density": 0.3, "backward_density": 0.6},
+    "dynadiag": {"density": 0.3, "until": 9},
     "movement": {"density": 0.3, "until": 9},
     "soft_movement": {"until": 9},
 }
@@ -503,6 +553,14 @@ CASES: dict[str, dict[str, Changes]] = {
         "penalty": [({"penalty": 0.0}, 6), ({"penalty": 0.02}, 1)],
         "interval": [({"interval": 3}, 1)],
         "allocate": ALLOCATE,
+    },
+    "dynadiag": {
+        "density": [({"density": 0.5}, 9), ({"density": None, "allocate": EXPLICIT}, 9)],
+        "until": [({"until": 5}, 5)],
+        "temperature": [({"temperature": 0.5}, 9)],
+        "last_temperature": [({"last_temperature": 0.001}, 9)],
+        "alpha_lr": [({"alpha_lr": 0.01}, 9)],
+        "allocate": [({"allocate": "erk"}, 9)],
     },
     "str": {
         "initial": [({"initial": -2.0}, 0)],
@@ -565,6 +623,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("top_kast", {"backward_density": 1.2}, "backward_density must lie from the density, 0.3, to 1, got 1.2"),
     ("top_kast", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
     ("top_kast", {"interval": 0}, "choices must be at least 1 step apart, got interval 0"),
+    ("dynadiag", {"density": 0.0}, r"density must lie in \(0, 1\], got 0"),
+    ("dynadiag", {"until": 0}, "until must be step 1 or later, got 0"),
+    ("dynadiag", {"last_temperature": 0.0}, "T must fall and stay above 0, got temperature 0.02 and last_tem.* 0"),
+    ("dynadiag", {"last_temperature": 9.0}, "T must fall and stay above 0, got temperature 0.02 and last_tem.* 9"),
+    ("dynadiag", {"alpha_lr": -1.0}, "alpha_lr must be at least 0, got -1"),
     ("str", {"threshold": "relu"}, "threshold must be one of sigmoid, exp, got 'relu'"),
     ("str", {"threshold_lr": -1.0}, "threshold_lr must be at least 0, got -1"),
     ("str", {"threshold_weight_decay": -1.0}, "threshold_weight_decay must be at least 0, got -1"),

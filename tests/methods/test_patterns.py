@@ -1,4 +1,4 @@
-"""RigL in patterns n:m against plain NumPy runs, and DEEP R in them: the groups keep their counts at every step."""
+"""RigL in patterns n:m and on diagonals against plain NumPy runs, and DEEP R in patterns: what counts keep, always."""
 
 from __future__ import annotations
 
@@ -14,7 +14,22 @@ import regrow
 from regrow import methods
 from regrow.core.topology import Topology
 from regrow.methods import BY_NAME
-from regrow.parts import by_gradient_where_lost, n_of_m, random_topology, signed, uniform
+from regrow.parts import (
+    Diagonals,
+    Growth,
+    by_gradient_where_lost,
+    constant,
+    diagonals,
+    diagonals_at_random,
+    gradient,
+    highest_diagonals,
+    lowest_diagonals,
+    magnitude,
+    n_of_m,
+    random_topology,
+    signed,
+    uniform,
+)
 from support.cases import Changes, cases, require_predicted_difference
 from support.dynamics import DROPS
 from support.fakes import Fake
@@ -27,11 +42,15 @@ from support.paper import (
     actual,
     annealed,
     assert_same,
+    backward,
+    batches,
     history,
     in_pattern,
     library,
     meant,
+    network,
     regular,
+    sgd,
     shared,
     start,
     stream,
@@ -193,3 +212,127 @@ def test_what_cannot_keep_the_pattern_is_refused() -> None:
         by_gradient_where_lost(4)(weight, weight.topology, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"w: 1 of 3 growth scores are not finite"):
         by_gradient_where_lost(4)(weight, Topology((1, 4), torch.tensor([0])), 1)  # type: ignore[arg-type]
+
+
+# Diagonals
+
+
+def on_diagonals(run: Program, n: str) -> Array:
+    """The diagonal on which each entry lies."""
+    rows = run.shapes[n][0]
+    i, j = np.indices((rows, run.w[n].size // rows))
+    return ((i - j) % i.shape[0] if i.shape[0] >= i.shape[1] else (j - i) % i.shape[1]).ravel()
+
+
+def best_diagonals(on: Array, score: Array, number: int, among: Array) -> Array:
+    return np.isin(on, top(np.bincount(on, score) / np.bincount(on), number, among))
+
+
+def diagonal_run(o: Options, kind: str, seed: int) -> History:
+    run = start(kind, seed, keep=o["regrow_dropped"])
+    diagonals_of = {n: on_diagonals(run, n) for n in run.sparse}
+    counts = shared(run, "uniform", total_of(run, o["density"]), run.sparse)
+    for n, count in zip(run.sparse, counts, strict=True):
+        on = diagonals_of[n]
+        every, length = np.arange(on.max() + 1), int(np.bincount(on)[0])
+        number = min(every[1:], key=lambda k: (abs(k * length - count), k))
+        run.mask[n] = best_diagonals(on, stream(run, n).uniform(on.size), number, every)
+        run.w[n] = run.w[n] * run.mask[n]
+
+    def update(run: Program, g: Arrays) -> None:
+        for n, on in diagonals_of.items():
+            active = np.unique(on[run.mask[n]])
+            lost = int(annealed(o, run.step) * active.size + 1e-9)
+            kept = best_diagonals(on, np.abs(run.w[n]), active.size - lost, active)
+            free = np.unique(on[~kept])
+            if o["grow"] == "random":
+                grown = np.isin(on, free[stream(run, n).subset(free.size, lost)])
+            else:
+                grown = best_diagonals(on, np.abs(g[n]), lost, free)
+            run.change(n, kept, grown)
+
+    return history(run, kind, lambda step: regular(o, step), update, o["timing"])
+
+
+DIAGONAL_GROWTHS: dict[str, Growth] = {"gradient": highest_diagonals(gradient), "random": diagonals_at_random}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize("storage", ["masked", "compressed"])
+@pytest.mark.parametrize(("grow", "keep"), [("gradient", "keep"), ("gradient", "reset"), ("random", "keep")])
+def test_a_run_on_diagonals_is_that_of_numpy(grow: str, keep: Any, storage: Any, kind: str) -> None:
+    """RigL and SET of whole diagonals, in the storage that holds nothing else."""
+    o: Options = {"density": 0.4, "until": 13, "interval": 2, "begin": None, "fraction": 0.6, "anneal": "constant"}
+    o |= {"grow": grow, "regrow_dropped": keep, "timing": "instead"}
+    method = methods.rigl(
+        o["density"],
+        until=o["until"],
+        interval=o["interval"],
+        fraction=o["fraction"],
+        anneal=constant,
+        drop=lowest_diagonals(magnitude),
+        grow=DIAGONAL_GROWTHS[grow],
+        regrow_dropped=keep,
+    )
+    method = method._replace(start=random_topology(o["density"], uniform, diagonals))
+    for seed in range(2):
+        wanted = diagonal_run(o, kind, seed)
+        assert any((wanted.masks[0][n] != wanted.masks[-1][n]).any() for n in wanted.masks[0])
+        if storage == "masked":
+            assert_same(actual(method, kind, seed), wanted)
+            continue
+        model = network(kind, seed)
+        optimizer = sgd(model)
+        sparsifier = regrow.sparsify(model, optimizer, method, seed=seed, storage=storage)
+        for step, batch in enumerate(batches(kind, seed)):
+            assert all(
+                (t.mask.numpy().ravel() == wanted.masks[step][n]).all() for n, t in sparsifier.topologies.items()
+            )
+            backward(model, batch)
+            optimizer.step()
+        for weight in sparsifier.weights:
+            at = weight.topology.indices.numpy()
+            np.testing.assert_allclose(weight.values().numpy(), wanted.trained["value"][weight.name][at], rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4), (1, 6), (6, 1), (2, 3, 2), (0, 4), (4, 0)])
+def test_every_entry_lies_on_one_diagonal_and_all_are_of_one_length(shape: tuple[int, ...]) -> None:
+    whole = Diagonals.of(shape)
+    matrix = torch.arange(np.prod(shape)).view(whole.rows, whole.columns)
+    spread = whole.spread(torch.arange(whole.number))
+    assert spread.shape == matrix.shape
+    assert torch.equal(whole.at(matrix.reshape(-1)).view(matrix.shape), spread)
+    if matrix.numel():
+        assert spread.reshape(-1).bincount().tolist() == [whole.length] * whole.number
+    for rows in range(whole.rows):
+        for columns in range(whole.columns):
+            # A step along both axes stays on a diagonal where none of them wraps around the shorter side.
+            if rows + 1 < whole.rows and columns + 1 < whole.columns:
+                assert spread[rows, columns] == spread[rows + 1, columns + 1]
+    values = torch.randn(matrix.numel()).double()
+    sums = torch.zeros(whole.number, dtype=torch.float64)
+    sums += whole.sums(0, values[: values.numel() // 2])
+    sums += whole.sums(values.numel() // 2, values[values.numel() // 2 :])
+    wanted = [float(values[(spread == d).reshape(-1)].sum()) for d in range(whole.number)]
+    np.testing.assert_allclose(sums.numpy(), wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_no_whole_diagonal_is_refused() -> None:
+    weight = Fake([1.0] * 6, [0, 1, 4], [1.0] * 6)
+    weight.shape, weight.topology = (3, 2), Topology((3, 2), torch.tensor([0, 1, 3]))
+    held: Any = weight
+    told = "w: of 2 active diagonals 1 are not active as a whole: start with random_topology"
+    for act in (
+        lambda: lowest_diagonals(magnitude)([held], [0.5]),
+        lambda: diagonals_at_random(held, weight.topology, 2),
+    ):
+        with pytest.raises(ValueError, match=told):
+            act()
+    weight.topology = Topology((3, 2), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="w: 3 entries are to grow on diagonals of 2, of which 2 are free"):
+        highest_diagonals(gradient)(held, weight.topology, 3)
+    score = torch.tensor([1.0, 2, 3, 4, -np.inf, -np.inf], dtype=torch.float64)
+    with pytest.raises(ValueError, match="w has 1 diagonals all of whose entries are allowed, and 2 are asked for"):
+        diagonals(held, score, 4)
+    # One entry becomes a diagonal, and three become one: the smaller of two that are equally near.
+    assert [diagonals(held, score, count).indices.tolist() for count in (1, 3)] == [[0, 3], [0, 3]]

@@ -51,6 +51,9 @@ def test_saved_keys_stay() -> None:
         "MOVEMENT_SCORES": "scores",
         "SOFT_THRESHOLD": "threshold",
         "GATE_LOGITS": "log_alpha",
+        "DIAGONAL_LOGITS": "alpha",
+        "DIAGONAL_COUNT": "diagonals",
+        "TEMPERATURE": "temperature",
         "SCALE": "scale",
         "LOG_VARIANCE": "log_variance",
     }

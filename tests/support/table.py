@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from regrow import methods
-from regrow.core.method import Method
+from regrow.core.method import Growth, Method
 from regrow.parts import (
     adaptive_threshold,
     at_random,
@@ -24,17 +24,21 @@ from regrow.parts import (
     by_momentum,
     by_momentum_per_neuron,
     constant,
+    diagonals,
+    diagonals_at_random,
     er,
     erk,
     globally,
     gradient,
     groups,
     half_by_gradient,
+    highest_diagonals,
     highest_per_neuron,
     largest,
     layer_adaptive,
     linear,
     lowest,
+    lowest_diagonals,
     lowest_globally,
     lowest_per_sign,
     magnitude,
@@ -99,6 +103,18 @@ def fixed(make: Callable[[], Method]) -> Row:
 def dynamic(make: Callable[[], Method], *, own: bool = True, unit: int = 1, severs: bool = False) -> Row:
     """Entries move at updates, their number stays; also that of each weight unless `own` is False."""
     return Row(make, conserving=True, own=own, moving=True, draws=True, unit=unit, severs=severs)
+
+
+def diagonal(recipe: Callable[..., Method], grow: Growth) -> Row:
+    """Whole diagonals move at updates, and each weight keeps their number."""
+
+    def make() -> Method:
+        drop = lowest_diagonals(magnitude)
+        # Of the few diagonals of small weights, a smaller fraction is none.
+        method = recipe(DENSITY, until=UNTIL, interval=INTERVAL, fraction=0.6, drop=drop, grow=grow)
+        return method._replace(start=random_topology(DENSITY, uniform, diagonals))
+
+    return Row(make, own=True, moving=True, draws=True, density=None, severs=True)
 
 
 def learned(make: Callable[[], Method], **shows: Any) -> Row:
@@ -260,6 +276,15 @@ METHODS: dict[str, Row] = {
         draws=True,
         density=0.5,
     ),
+    "static-diagonals": Row(
+        lambda: methods.static(DENSITY)._replace(start=random_topology(DENSITY, uniform, diagonals)),
+        own=True,
+        draws=True,
+        density=None,
+        severs=True,
+    ),
+    "rigl-diagonals": diagonal(methods.rigl, highest_diagonals(gradient)),
+    "set-diagonals": diagonal(methods.set_, diagonals_at_random),
     "rigl_nm": Row(
         lambda: methods.rigl_nm(n=1, m=2, until=UNTIL, interval=INTERVAL),
         own=True,
@@ -327,6 +352,7 @@ METHODS: dict[str, Row] = {
         lambda: methods.top_kast(DENSITY, backward_density=1.0, interval=INTERVAL, penalty=0.01, allocate=globally),
         conserving=True,
     ),
+    "dynadiag": learned(lambda: methods.dynadiag(DENSITY, until=UNTIL), falling=True, density=None),
     "str": learned(lambda: methods.str_(initial=-3.0), density=None),
     "str-exp": learned(
         lambda: methods.str_(initial=-3.0, threshold="exp", threshold_lr=0.02, threshold_weight_decay=0.2), density=None

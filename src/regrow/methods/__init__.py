@@ -30,6 +30,7 @@ from regrow.methods.gradual.gmp import gmp_uniform as gmp_uniform
 from regrow.methods.gradual.granet import granet as granet
 from regrow.methods.gradual.granet import granet_uniform as granet_uniform
 from regrow.methods.learned.dnw import dnw as dnw
+from regrow.methods.learned.dynadiag import dynadiag as dynadiag
 from regrow.methods.learned.l0 import l0 as l0
 from regrow.methods.learned.movement import movement as movement
 from regrow.methods.learned.s_ste import s_ste as s_ste
@@ -87,6 +88,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "soft_movement": soft_movement,
         "l0": l0,
         "variational_dropout": variational_dropout,
+        "dynadiag": dynadiag,
     },
 }
 """Every recipe by family, and in it by the name that users type."""

@@ -103,6 +103,15 @@ SOFT_THRESHOLD = Remembered("threshold", "trained threshold", f'{_LATENT} that t
 GATE_LOGITS = Remembered("log_alpha", "trained gates", f'{_LATENT} that trains "log_alpha"')
 """log alpha of the gates of L0 regularization, of the weight's shape."""
 
+DIAGONAL_LOGITS = Remembered("alpha", "trained diagonals", f'{_LATENT} that trains "alpha"')
+"""alpha of the diagonals of DynaDiag, (diagonals,)."""
+
+DIAGONAL_COUNT = Remembered("diagonals", "number of diagonals to choose", "start the method first")
+"""How many diagonals DynaDiag chooses, int64 ()."""
+
+TEMPERATURE = Remembered("temperature", "temperature", "start the method first")
+"""The temperature of a softmax, float64 (); 0 once its choice is made."""
+
 SCALE = Remembered("scale", "factor of what is left of its values", "start the method first")
 """The factor that makes up for a soft threshold in S-STE, float64 ()."""
 

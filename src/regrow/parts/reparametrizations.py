@@ -17,7 +17,17 @@ from regrow.core import selection
 from regrow.core.method import Allocation, Parts, Rule, Start, Structure, Update
 from regrow.core.topology import Topology
 from regrow.core.weight import Shaped, SparseWeight, Weights
-from regrow.parts.remembered import LATENT, LOG_VARIANCE, MOVEMENT_SCORES, SCALE, SOFT_THRESHOLD
+from regrow.parts.remembered import (
+    DIAGONAL_COUNT,
+    DIAGONAL_LOGITS,
+    LATENT,
+    LOG_VARIANCE,
+    MOVEMENT_SCORES,
+    SCALE,
+    SOFT_THRESHOLD,
+    TEMPERATURE,
+)
+from regrow.parts.structures import Diagonals
 
 _log = logging.getLogger("regrow")
 
@@ -145,6 +155,21 @@ def soft_threshold(parts: Parts, g: Callable[[Tensor], Tensor]) -> Tensor:
     return parts.latent.sign() * F.relu(parts.latent.abs() - g(SOFT_THRESHOLD.of(parts)))
 
 
+def soft_diagonals(parts: Parts) -> Tensor:
+    """v times clamp(K softmax(alpha / T), 0, 1) of its diagonal; at T = 0 the active v themselves.
+
+    alpha are `DIAGONAL_LOGITS`, K is `DIAGONAL_COUNT` and T the `TEMPERATURE`.
+
+    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks, section 3.
+    """
+    temperature = TEMPERATURE.of(parts)
+    if not temperature:
+        return parts.latent * parts.active
+    soft = (DIAGONAL_LOGITS.of(parts) / temperature).softmax(0)
+    shares = (DIAGONAL_COUNT.of(parts) * soft).clamp(0, 1)
+    return parts.latent * Diagonals.of(parts.latent.shape).spread(shares).reshape(parts.latent.shape)
+
+
 def shrunk(parts: Parts, m: int) -> Tensor:
     """`SCALE` times sign(v) max(|v| - t, 0), t the largest inactive |v| of each `m` consecutive inputs, or 0.
 
@@ -219,6 +244,12 @@ def dropout_divergence(log_alpha: Tensor) -> Tensor:
 def filled_with(value: float) -> Callable[[Tensor], Tensor]:
     """First values: `value` at every position."""
     return lambda latent: torch.full_like(latent, value)
+
+
+def equal_diagonals(latent: Tensor) -> Tensor:
+    """First values: 1 / P for each of the P diagonals of a weight, (P,)."""
+    number = Diagonals.of(latent.shape).number
+    return latent.new_full((number,), 1 / max(1, number))
 
 
 def one_number(value: float) -> Callable[[Tensor], Tensor]:

@@ -18,6 +18,7 @@ from regrow.parts import (
     constant,
     latent_magnitude,
     n_of_m,
+    rewire,
     shrunk,
     start_by,
     uniform,
@@ -56,7 +57,7 @@ def s_ste(*, n: int = 2, m: int = 4) -> Method:
             dense = LATENT.flat(weight)[weight.topology.indices.to(sparse.device)].double()
             norm = float(sparse.square().sum())
             SCALE.of(weight).fill_(float(dense @ sparse) / norm if norm else 1.0)
-            weight.rewire(weight.topology)
+        rewire(weights, [w.topology for w in weights])
 
     start = Start(make, require=first.require)
     return Method("s_ste", start, update, timing="after", needs=STRAIGHT, latent=Latent(lambda p: shrunk(p, m)))
