@@ -34,6 +34,7 @@ from support.paper import (
     sgd,
     share_out,
     top,
+    units_of,
 )
 
 STEPS = 12
@@ -235,6 +236,86 @@ class DynaDiag(Program):
                 self.mask[n] = np.isin(self.diagonal(n), best)
 
 
+def best_rows(M: Array) -> Array:
+    """The row of each column in the permutation of largest sum, from the best sums of all sets of rows."""
+    sets = np.arange(2 ** len(M))
+    size = sum(sets >> i & 1 for i in range(len(M)))
+    best, last = np.where(sets == 0, 0.0, -np.inf), np.zeros(sets.size, int)
+    for column in range(len(M)):
+        of = sets[size == column + 1]
+        for row in range(len(M)):
+            held = of[of >> row & 1 == 1]
+            total = best[held ^ 1 << row] + M[row, column]
+            better = total > best[held]
+            best[held[better]], last[held[better]] = total[better], row
+    rows, left = np.zeros(len(M), int), int(sets[-1])
+    for column in reversed(range(len(M))):
+        rows[column] = last[left]
+        left ^= 1 << last[left]
+    return rows
+
+
+class PaDst(DynaDiag):
+    decay = 0.0
+
+    def first(self, n: str) -> Array:
+        inputs, spread = self.shape[n][1], self.o.get("spread", 0.5)
+        return ((1 - spread) * np.eye(inputs) + spread / inputs).ravel()
+
+    def matrix(self, n: str) -> Array:
+        return self.s[n].reshape(self.shape[n][1], -1)
+
+    def lines(self, n: str, flat: Array) -> Array:
+        """By output and position of the kernel, along the inputs."""
+        return np.moveaxis(flat.reshape(self.shape[n]), 1, -1)
+
+    def flat(self, lines: Array) -> Array:
+        return np.moveaxis(lines, -1, 1).ravel()
+
+    def effective(self, n: str) -> Array:
+        mixed = self.lines(n, self.v[n] * self.pattern[n])
+        return self.flat(mixed[..., self.order[n]] if self.order else mixed @ self.matrix(n))
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        g = self.lines(n, G)
+        if self.order:
+            back = np.zeros_like(g)
+            back[..., self.order[n]] = g
+            return self.flat(back) * self.pattern[n], np.zeros(0)
+        M, held = self.matrix(n), self.lines(n, self.v[n] * self.pattern[n])
+        away = 2 * np.sign(M) - M / np.linalg.norm(M, axis=0) - M / np.linalg.norm(M, axis=1)[:, None]
+        slope = np.tensordot(held, g, axes=(range(held.ndim - 1), range(g.ndim - 1)))
+        return self.flat(g @ M.T), (slope + self.o.get("penalty", 1e-4) * away).ravel()
+
+    def chosen_pattern(self, n: str, count: int) -> Array:
+        score, structure = np.abs(self.v[n]), self.o.get("structure", "diagonals")
+        if structure == "pairs":
+            return in_pattern(score, self.shape[n], count, 1, 2)
+        of = self.diagonal(n) if structure == "diagonals" else units_of(self.shape[n], structure)
+        sizes = np.bincount(of)
+        number = min(range(1, sizes.size + 1), key=lambda k: (abs(k * sizes[0] - count), k))
+        return np.isin(of, top(np.bincount(of, score) / sizes, number, np.arange(sizes.size)))
+
+    def choose(self) -> None:
+        until = self.o["until"]
+        if self.t == 0:
+            self.pattern, self.order = {}, {}
+        if self.t > until:
+            return
+        for n in self.sparse if self.t else ():
+            M = np.maximum(self.matrix(n), 0)
+            M = M / M.sum(0)
+            self.s[n] = (M / M.sum(1, keepdims=True)).ravel()
+        if self.t % self.o.get("interval", 100) == 0 or self.t == until:
+            counts = self.counts(self.o["density"], self.magnitudes())
+            self.pattern = {n: self.chosen_pattern(n, c) for n, c in zip(self.sparse, counts, strict=True)}
+        if self.t == until:
+            for n in self.sparse:
+                M = self.matrix(n)
+                self.order[n] = best_rows(M)
+                self.mask[n] = self.flat(self.lines(n, self.pattern[n])[..., self.order[n]])
+
+
 class Str(Program):
     decay = None
 
@@ -342,6 +423,7 @@ PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
     "s_ste": SSte,
     "top_kast": TopKast,
     "dynadiag": DynaDiag,
+    "pa_dst": PaDst,
     "str": Str,
     "movement": Movement,
     "soft_movement": SoftMovement,
@@ -349,6 +431,7 @@ PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
     "variational_dropout": VariationalDropout,
 }
 TRAINED = {
+    "pa_dst": "permutation",
     "dynadiag": "alpha",
     "str": "threshold",
     "movement": "scores",
@@ -415,6 +498,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "s_ste": {},
     "top_kast": {"density": 0.3, "backward_density": 0.6},
     "dynadiag": {"density": 0.3, "until": 9, "temperature": 0.02, "last_temperature": 0.01},
+    "pa_dst": {"density": 0.3, "until": 9, "interval": 3},
     "str": {"initial": -3.0},
     "movement": {"density": 0.3, "until": 9},
     "soft_movement": {"until": 9, "threshold": 0.4999, "penalty": 0.01},
@@ -438,6 +522,10 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("dynadiag", {}),
     ("dynadiag", {"alpha_lr": 0.02, "allocate": "erk"}),
     ("dynadiag", {"temperature": 5.0, "last_temperature": 0.05, "until": 4, "density": 0.05}),
+    ("pa_dst", {}),
+    ("pa_dst", {"spread": 0.9, "penalty": 0.05, "permutation_lr": 0.5}),
+    ("pa_dst", {"structure": "fives", "density": 0.5, "allocate": "erk"}),
+    ("pa_dst", {"structure": "pairs", "density": 0.5, "until": 5}),
     ("str", {}),
     ("str", {"threshold": "exp", "threshold_lr": 0.05, "threshold_weight_decay": 0.3}),
     ("movement", {}),
@@ -517,6 +605,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "sr_ste": {"density": 0.3},
     "top_kast": {"density": 0.3, "backward_density": 0.6},
     "dynadiag": {"density": 0.3, "until": 9},
+    "pa_dst": {"density": 0.3, "until": 9},
     "movement": {"density": 0.3, "until": 9},
     "soft_movement": {"until": 9},
 }
@@ -561,6 +650,16 @@ CASES: dict[str, dict[str, Changes]] = {
         "last_temperature": [({"last_temperature": 0.001}, 9)],
         "alpha_lr": [({"alpha_lr": 0.01}, 9)],
         "allocate": [({"allocate": "erk"}, 9)],
+    },
+    "pa_dst": {
+        "density": [({"density": 0.5}, 9), ({"density": None, "allocate": EXPLICIT}, 9)],
+        "until": [({"until": 5}, 5)],
+        "interval": [({"interval": 1}, 9, {"structure": "pairs", "density": 0.5})],
+        "penalty": [({"penalty": 1.0}, 9)],
+        "spread": [({"spread": 0.9}, 9)],
+        "permutation_lr": [({"permutation_lr": 1.0}, 9)],
+        "allocate": [({"allocate": "erk"}, 9)],
+        "structure": [({"structure": "fives"}, 9), ({"structure": "pairs"}, 9, {"density": 0.5})],
     },
     "str": {
         "initial": [({"initial": -2.0}, 0)],
@@ -628,6 +727,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("dynadiag", {"last_temperature": 0.0}, "T must fall and stay above 0, got temperature 0.02 and last_tem.* 0"),
     ("dynadiag", {"last_temperature": 9.0}, "T must fall and stay above 0, got temperature 0.02 and last_tem.* 9"),
     ("dynadiag", {"alpha_lr": -1.0}, "alpha_lr must be at least 0, got -1"),
+    ("pa_dst", {"density": 2.0}, r"density must lie in \(0, 1\], got 2"),
+    ("pa_dst", {"until": 0}, "until and interval must be at least 1 step, got 0 and 3"),
+    ("pa_dst", {"interval": 0}, "until and interval must be at least 1 step, got 9 and 0"),
+    ("pa_dst", {"spread": 1.5}, r"spread must lie in \[0, 1\], got 1.5"),
+    ("pa_dst", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
+    ("pa_dst", {"permutation_lr": -1.0}, "permutation_lr must be at least 0, got -1"),
     ("str", {"threshold": "relu"}, "threshold must be one of sigmoid, exp, got 'relu'"),
     ("str", {"threshold_lr": -1.0}, "threshold_lr must be at least 0, got -1"),
     ("str", {"threshold_weight_decay": -1.0}, "threshold_weight_decay must be at least 0, got -1"),

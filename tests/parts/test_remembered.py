@@ -54,6 +54,9 @@ def test_saved_keys_stay() -> None:
         "DIAGONAL_LOGITS": "alpha",
         "DIAGONAL_COUNT": "diagonals",
         "TEMPERATURE": "temperature",
+        "PATTERN": "pattern",
+        "PERMUTATION": "permutation",
+        "INPUT_ORDER": "order",
         "SCALE": "scale",
         "LOG_VARIANCE": "log_variance",
     }

@@ -397,6 +397,8 @@ WORDS: dict[str, Mapping[str, Any]] = {
         "fours": parts.groups(4),
         "rows": parts.rows,
         "thirty-twos": parts.groups(32),
+        "diagonals": parts.diagonals,
+        "pairs": parts.n_of_m(1, 2),
     },
     "anneal": {name: getattr(parts, name) for name in ("constant", "linear", "cosine", "inverse_power")}
     | {"cosine_to_0.005": parts.cosine_to_half_percent},

@@ -353,6 +353,10 @@ METHODS: dict[str, Row] = {
         conserving=True,
     ),
     "dynadiag": learned(lambda: methods.dynadiag(DENSITY, until=UNTIL), falling=True, density=None),
+    "pa_dst": learned(lambda: methods.pa_dst(DENSITY, until=UNTIL, interval=5), falling=True, density=None),
+    "pa_dst-nm": learned(
+        lambda: methods.pa_dst(0.5, until=UNTIL, interval=5, structure=n_of_m(1, 2)), falling=True, density=0.5
+    ),
     "str": learned(lambda: methods.str_(initial=-3.0), density=None),
     "str-exp": learned(
         lambda: methods.str_(initial=-3.0, threshold="exp", threshold_lr=0.02, threshold_weight_decay=0.2), density=None

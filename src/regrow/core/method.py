@@ -134,8 +134,8 @@ class Trained(NamedTuple):
 
     name: str
     """Its key in the weight's `state`."""
-    first: Callable[[Tensor], Tensor]
-    """Its first values, from the latent ones (shape)."""
+    first: Callable[[Parts], Tensor]
+    """Its first values, from what the weight is computed from without it."""
     lr: float | None = None
     """Learning rate; None is that of the weight."""
     weight_decay: float | None = None

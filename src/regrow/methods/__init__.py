@@ -33,6 +33,7 @@ from regrow.methods.learned.dnw import dnw as dnw
 from regrow.methods.learned.dynadiag import dynadiag as dynadiag
 from regrow.methods.learned.l0 import l0 as l0
 from regrow.methods.learned.movement import movement as movement
+from regrow.methods.learned.pa_dst import pa_dst as pa_dst
 from regrow.methods.learned.s_ste import s_ste as s_ste
 from regrow.methods.learned.soft_movement import soft_movement as soft_movement
 from regrow.methods.learned.sr_ste import sr_ste as sr_ste
@@ -89,6 +90,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "l0": l0,
         "variational_dropout": variational_dropout,
         "dynadiag": dynadiag,
+        "pa_dst": pa_dst,
     },
 }
 """Every recipe by family, and in it by the name that users type."""

@@ -117,6 +117,13 @@ from regrow.parts.observers import (
     keep_momentum,
     mark_explored,
 )
+from regrow.parts.permutations import (
+    assignment,
+    make_doubly_stochastic,
+    near_identity,
+    permutation_distance,
+    permuted,
+)
 from regrow.parts.redistribution import (
     mean_magnitude,
     mean_momentum,
@@ -130,10 +137,13 @@ from regrow.parts.remembered import (
     DROP_THRESHOLD,
     EXPLORED,
     GATE_LOGITS,
+    INPUT_ORDER,
     LATENT,
     LOG_VARIANCE,
     MOMENTUM,
     MOVEMENT_SCORES,
+    PATTERN,
+    PERMUTATION,
     PLACED,
     SCALE,
     SOFT_THRESHOLD,
@@ -287,13 +297,15 @@ __all__ = [  # noqa: RUF022 - by noun
     # Observers
     "EXPLORATION", "explored_entries", "keep_momentum", "mark_explored",
     # What is remembered
-    "BACKWARD_SET", "DIAGONAL_COUNT", "DIAGONAL_LOGITS", "DROP_THRESHOLD", "EXPLORED", "GATE_LOGITS", "LATENT",
-    "LOG_VARIANCE", "MOMENTUM", "MOVEMENT_SCORES", "PLACED", "Remembered", "SCALE", "SOFT_THRESHOLD", "Stateful",
-    "TARGET", "TEMPERATURE",
+    "BACKWARD_SET", "DIAGONAL_COUNT", "DIAGONAL_LOGITS", "DROP_THRESHOLD", "EXPLORED", "GATE_LOGITS", "INPUT_ORDER",
+    "LATENT", "LOG_VARIANCE", "MOMENTUM", "MOVEMENT_SCORES", "PATTERN", "PERMUTATION", "PLACED", "Remembered", "SCALE",
+    "SOFT_THRESHOLD", "Stateful", "TARGET", "TEMPERATURE",
     # Reparametrizations
     "activate_highest", "activate_where", "DenseScore", "dropout_divergence", "equal_diagonals", "filled_with",
     "GATE_HIGH", "GATE_LOW", "gated", "hard_concrete", "highest_positions", "latent_magnitude", "log_dropout", "noisy",
     "one_number", "open_probability", "ranked_counts", "shrunk", "soft_diagonals", "soft_threshold", "start_by",
     "straight_through",
+    # Permutations of inputs
+    "assignment", "make_doubly_stochastic", "near_identity", "permutation_distance", "permuted",
 ]
 # fmt: on

@@ -160,7 +160,7 @@ def soft_diagonals(parts: Parts) -> Tensor:
 
     alpha are `DIAGONAL_LOGITS`, K is `DIAGONAL_COUNT` and T the `TEMPERATURE`.
 
-    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks, section 3.
+    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks, by its published code.
     """
     temperature = TEMPERATURE.of(parts)
     if not temperature:
@@ -175,7 +175,7 @@ def shrunk(parts: Parts, m: int) -> Tensor:
 
     The gradient passes to v as if the weight were v.
 
-    Source: Hu et al. 2024, S-STE, section 4.1.
+    Source: Hu et al. 2024, S-STE, by its published code.
     """
     values = parts.latent.detach()
     hidden = (values.abs() * ~parts.active).movedim(parts.in_axis, -1)
@@ -241,17 +241,17 @@ def dropout_divergence(log_alpha: Tensor) -> Tensor:
     return 0.63576 * (1 - (1.87320 + 1.48695 * log_alpha).sigmoid()) + F.softplus(-log_alpha) / 2
 
 
-def filled_with(value: float) -> Callable[[Tensor], Tensor]:
+def filled_with(value: float) -> Callable[[Parts], Tensor]:
     """First values: `value` at every position."""
-    return lambda latent: torch.full_like(latent, value)
+    return lambda parts: torch.full_like(parts.latent, value)
 
 
-def equal_diagonals(latent: Tensor) -> Tensor:
+def equal_diagonals(parts: Parts) -> Tensor:
     """First values: 1 / P for each of the P diagonals of a weight, (P,)."""
-    number = Diagonals.of(latent.shape).number
-    return latent.new_full((number,), 1 / max(1, number))
+    number = Diagonals.of(parts.latent.shape).number
+    return parts.latent.new_full((number,), 1 / max(1, number))
 
 
-def one_number(value: float) -> Callable[[Tensor], Tensor]:
+def one_number(value: float) -> Callable[[Parts], Tensor]:
     """First values: one number, (1,)."""
-    return lambda latent: latent.new_full((1,), value)
+    return lambda parts: parts.latent.new_full((1,), value)

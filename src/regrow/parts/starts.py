@@ -317,7 +317,7 @@ def signed(start: Start) -> Start:
     Raises:
         ValueError: from the start, for a weight on the meta device, whose values do not exist yet, naming it.
 
-    Source: Bellec et al. 2018, Deep Rewiring, section 2, whose connections have a sign for good.
+    Source: Bellec et al. 2018, Deep Rewiring, Algorithm 1, whose connections have a sign for good.
     """
 
     def make(weights: Weights, probe: Probe) -> None:

@@ -270,7 +270,7 @@ def diagonals(weight: SparseWeight, score: Tensor, count: int) -> Topology:
     Raises:
         ValueError: from the structure, where fewer diagonals than that are allowed as a whole, naming the weight.
 
-    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks, section 3, and its published code.
+    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks, by its published code.
     """
     score = _checked("diagonals", weight, score, count)
     whole = Diagonals.of(weight.shape)

@@ -191,7 +191,7 @@ class LatentWeight(DenseRows):
         block = owner.parameter.detach()[rows]
         self.mask = torch.ones(self.shape, dtype=torch.bool, device=block.device)
         self.state: dict[str, Tensor] = {LATENT: block.clone(memory_format=torch.contiguous_format)}
-        self.trained = {t.name: nn.Parameter(t.first(_wide(self.state[LATENT]))) for t in owner.latent.trained}
+        self.trained = {t.name: nn.Parameter(t.first(self.parts())) for t in owner.latent.trained}
         self.state |= {name: tensor.detach() for name, tensor in self.trained.items()}
 
     def parts(self, noise: Tensor | None = None, trained: Mapping[str, Tensor] | None = None) -> Parts:
@@ -253,7 +253,7 @@ class LatentWeight(DenseRows):
 
     def values(self) -> Tensor:
         """Active values of the weight that is evaluated, (nnz,)."""
-        return self.active(self.computed(drawn=False).view(-1))
+        return self.active(self.computed(drawn=False).reshape(-1))
 
     def set_values(self, values: Tensor) -> None:
         """Refuse `values` (nnz,), which say nothing of what they would be computed from."""

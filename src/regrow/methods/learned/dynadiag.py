@@ -56,7 +56,7 @@ def dynadiag(
         alpha_lr: learning rate of alpha; without it that of the weights, as in the code.
         allocate: how the active entries are shared among the weights: `uniform`, `er`, `erk`, or densities by name.
 
-    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks (DynaDiag), section 3, and its
+    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks (DynaDiag), by its
     published code (TempSoftmaxDiagLinear). It is for linear layers; a convolution is here the matrix of its first axis
     by all others. First alpha are 1 / P. T moves with every step, there with every epoch. First values are the module's
     own. The code, too, computes with all diagonals until they are chosen.

@@ -37,9 +37,9 @@ def s_ste(*, n: int = 2, m: int = 4) -> Method:
         n: entries that stay active of each `m` consecutive inputs, in [1, m].
         m: inputs of a group.
 
-    Source: Hu et al. 2024, S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training, sections 4.1 and
-    4.2, and its published code, for 2:4. Gradients of outputs are exact, where section 4.3 makes them 2:4 by an
-    unbiased estimator, and there is no FP8: both are of the product, not of the weight. A weight of zeros has beta 1.
+    Source: Hu et al. 2024, S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training, by its published
+    code, for 2:4. Gradients of outputs are exact, where the paper makes them 2:4 by an unbiased estimator, and there is
+    no FP8: both are of the product, not of the weight. A weight of zeros has beta 1.
 
     Examples:
         >>> s_ste(n=2, m=4).name
