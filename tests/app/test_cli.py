@@ -489,6 +489,25 @@ def test_a_structure_that_is_none_is_refused(words: str) -> None:
         make("rigl", {"density": "0.1", "structure": words}, 1000)
 
 
+@pytest.mark.parametrize(("words", "active"), [("diagonals", 12), ("n_of_m(1,2)", 24), ("groups(2)", 14)])
+def test_patterns_are_words_where_no_units_are_asked_for(words: str, active: int) -> None:
+    method = make("pa_dst", {"density": "0.5" if words.startswith("n_of") else "0.3", "structure": words}, 4)
+    model = torch.nn.Linear(8, 6, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = regrow.sparsify(model, optimizer, method)
+    for _ in range(3):
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+    assert sparsifier.nnz == active
+    assert options("pa_dst")["structure"].default == "diagonals"
+
+
+@pytest.mark.parametrize("words", ["none", "n_of_m(2)", "stripes"])
+def test_a_pattern_that_is_none_is_refused(words: str) -> None:
+    with pytest.raises(ValueError, match=r"pa_dst: structure takes diagonals \| n_of_m\(N,M\) .* columns, got"):
+        make("pa_dst", {"density": "0.5", "structure": words}, 100)
+
+
 def test_a_comparison_takes_structures_with_a_comma_of_their_own() -> None:
     specs = ["rigl:structure=blocks(4,2),fraction=0.2", "rigl:fraction=0.2,structure=groups(8)"]
     jobs = compare.plan(config(), specs, [0.1], 1, {}, Path("x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +27,14 @@ from support.paper import (
     assert_same,
     backward,
     batches,
+    in_pattern,
     library,
     masks,
     network,
     sgd,
     share_out,
     top,
+    units_of,
 )
 
 STEPS = 12
@@ -152,6 +155,33 @@ class SrSte(Program):
             self.mask[n] = chosen.ravel()
 
 
+class SSte(Program):
+    """The groups of a line end where its inputs do."""
+
+    def groups(self, n: str) -> list[Array]:
+        shape, m = self.shape[n], self.o.get("m", 4)
+        lines = np.moveaxis(np.arange(self.v[n].size).reshape(shape), 1, -1).reshape(-1, shape[1])
+        return [line[i : i + m] for line in lines for i in range(0, line.size, m)]
+
+    def soft(self, n: str) -> Array:
+        found = np.zeros(self.v[n].size)
+        for group in self.groups(n):
+            v, kept = self.v[n][group], self.mask[n][group]
+            found[group] = np.sign(v) * np.maximum(np.abs(v) - max(np.abs(v[~kept]), default=0.0), 0)
+        return found
+
+    def effective(self, n: str) -> Array:
+        return self.beta[n] * self.soft(n)
+
+    def choose(self) -> None:
+        of, m = self.o.get("n", 2), self.o.get("m", 4)
+        for n, count in zip(self.sparse, self.counts(of / m, {}), strict=True):
+            self.mask[n] = in_pattern(np.abs(self.v[n]), self.shape[n], count, of, m)
+        if self.t == 0:
+            soft = {n: self.soft(n) for n in self.sparse}
+            self.beta = {n: self.v[n] @ s / (s @ s) for n, s in soft.items()}
+
+
 class TopKast(Program):
     def pull(self, n: str, G: Array) -> tuple[Array, Array]:
         weight = self.mask[n] + (self.B[n] & ~self.mask[n]) / self.o["density"]
@@ -161,6 +191,129 @@ class TopKast(Program):
         if self.t % self.o.get("interval", 1) == 0:
             self.mask = self.highest(self.o["density"], self.magnitudes())
             self.B = self.highest(self.o["backward_density"], self.magnitudes())
+
+
+class DynaDiag(Program):
+    decay = None
+
+    def diagonal(self, n: str) -> Array:
+        shape = (self.shape[n][0], self.v[n].size // self.shape[n][0])
+        i, j = np.indices(shape)
+        return ((i - j) % shape[0] if shape[0] >= shape[1] else (j - i) % shape[1]).ravel()
+
+    def first(self, n: str) -> Array:
+        number = int(self.diagonal(n).max()) + 1
+        return np.full(number, 1 / number)
+
+    def chosen(self, n: str) -> int:
+        counts = dict(zip(self.sparse, self.counts(self.o["density"], {}), strict=True))
+        return math.ceil(counts[n] / (self.v[n].size / self.s[n].size))
+
+    def shares(self, n: str) -> Array:
+        power = np.exp(self.s[n] / self.T - (self.s[n] / self.T).max())
+        return self.chosen(n) * power / power.sum()
+
+    def effective(self, n: str) -> Array:
+        if self.T == 0:
+            return self.v[n] * self.mask[n]
+        return self.v[n] * np.minimum(self.shares(n), 1)[self.diagonal(n)]
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        if self.T == 0:
+            return G * self.mask[n], np.zeros(0)
+        share, on = self.shares(n), self.diagonal(n)
+        through = np.bincount(on, G * self.v[n]) * (share <= 1)
+        # The softmax is s = share / K; of K s_p the derivative by alpha_q is K (s_p [p = q] - s_p s_q) / T.
+        slope = (share * through - share * (share @ through) / self.chosen(n)) / self.T
+        return G * np.minimum(share, 1)[on], slope
+
+    def choose(self) -> None:
+        high, low, until = self.o.get("temperature", 5.0), self.o.get("last_temperature", 0.05), self.o["until"]
+        self.T = low + (high - low) * (1 + math.cos(math.pi * self.t / until)) / 2 if self.t < until else 0.0
+        if self.t == until:
+            for n in self.sparse:
+                best = top(self.s[n], self.chosen(n), np.arange(self.s[n].size))
+                self.mask[n] = np.isin(self.diagonal(n), best)
+
+
+def best_rows(M: Array) -> Array:
+    """The row of each column in the permutation of largest sum, from the best sums of all sets of rows."""
+    sets = np.arange(2 ** len(M))
+    size = sum(sets >> i & 1 for i in range(len(M)))
+    best, last = np.where(sets == 0, 0.0, -np.inf), np.zeros(sets.size, int)
+    for column in range(len(M)):
+        of = sets[size == column + 1]
+        for row in range(len(M)):
+            held = of[of >> row & 1 == 1]
+            total = best[held ^ 1 << row] + M[row, column]
+            better = total > best[held]
+            best[held[better]], last[held[better]] = total[better], row
+    rows, left = np.zeros(len(M), int), int(sets[-1])
+    for column in reversed(range(len(M))):
+        rows[column] = last[left]
+        left ^= 1 << last[left]
+    return rows
+
+
+class PaDst(DynaDiag):
+    decay = 0.0
+
+    def first(self, n: str) -> Array:
+        inputs, spread = self.shape[n][1], self.o.get("spread", 0.5)
+        return ((1 - spread) * np.eye(inputs) + spread / inputs).ravel()
+
+    def matrix(self, n: str) -> Array:
+        return self.s[n].reshape(self.shape[n][1], -1)
+
+    def lines(self, n: str, flat: Array) -> Array:
+        """By output and position of the kernel, along the inputs."""
+        return np.moveaxis(flat.reshape(self.shape[n]), 1, -1)
+
+    def flat(self, lines: Array) -> Array:
+        return np.moveaxis(lines, -1, 1).ravel()
+
+    def effective(self, n: str) -> Array:
+        mixed = self.lines(n, self.v[n] * self.pattern[n])
+        return self.flat(mixed[..., self.order[n]] if self.order else mixed @ self.matrix(n))
+
+    def pull(self, n: str, G: Array) -> tuple[Array, Array]:
+        g = self.lines(n, G)
+        if self.order:
+            back = np.zeros_like(g)
+            back[..., self.order[n]] = g
+            return self.flat(back) * self.pattern[n], np.zeros(0)
+        M, held = self.matrix(n), self.lines(n, self.v[n] * self.pattern[n])
+        away = 2 * np.sign(M) - M / np.linalg.norm(M, axis=0) - M / np.linalg.norm(M, axis=1)[:, None]
+        slope = np.tensordot(held, g, axes=(range(held.ndim - 1), range(g.ndim - 1)))
+        return self.flat(g @ M.T), (slope + self.o.get("penalty", 1e-4) * away).ravel()
+
+    def chosen_pattern(self, n: str, count: int) -> Array:
+        score, structure = np.abs(self.v[n]), self.o.get("structure", "diagonals")
+        if structure == "pairs":
+            return in_pattern(score, self.shape[n], count, 1, 2)
+        of = self.diagonal(n) if structure == "diagonals" else units_of(self.shape[n], structure)
+        sizes = np.bincount(of)
+        number = min(range(1, sizes.size + 1), key=lambda k: (abs(k * sizes[0] - count), k))
+        return np.isin(of, top(np.bincount(of, score) / sizes, number, np.arange(sizes.size)))
+
+    def choose(self) -> None:
+        until = self.o["until"]
+        if self.t == 0:
+            self.pattern, self.order = {}, {}
+        if self.t > until:
+            return
+        for n in self.sparse if self.t else ():
+            M = np.maximum(self.matrix(n), 0)
+            M = M / M.sum(0)
+            self.s[n] = (M / M.sum(1, keepdims=True)).ravel()
+        if self.t % self.o.get("interval", 100) == 0 or self.t == until:
+            counts = self.counts(self.o["density"], self.magnitudes())
+            self.pattern = {n: self.chosen_pattern(n, c) for n, c in zip(self.sparse, counts, strict=True)}
+        if self.t == until:
+            for n in self.sparse:
+                M = self.matrix(n)
+                self.order[n] = best_rows(M)
+                self.mask[n] = self.flat(self.lines(n, self.pattern[n])[..., self.order[n]])
 
 
 class Str(Program):
@@ -267,7 +420,10 @@ PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
     "dnw": Straight,
     "ste": Straight,
     "sr_ste": SrSte,
+    "s_ste": SSte,
     "top_kast": TopKast,
+    "dynadiag": DynaDiag,
+    "pa_dst": PaDst,
     "str": Str,
     "movement": Movement,
     "soft_movement": SoftMovement,
@@ -275,6 +431,8 @@ PAPERS: dict[str, Callable[[dict[str, Any], nn.Module, int], Program]] = {
     "variational_dropout": VariationalDropout,
 }
 TRAINED = {
+    "pa_dst": "permutation",
+    "dynadiag": "alpha",
     "str": "threshold",
     "movement": "scores",
     "soft_movement": "scores",
@@ -337,7 +495,10 @@ SHORT: dict[str, dict[str, Any]] = {
     "dnw": {"density": 0.3},
     "ste": {"density": 0.3},
     "sr_ste": {"density": 0.3},
+    "s_ste": {},
     "top_kast": {"density": 0.3, "backward_density": 0.6},
+    "dynadiag": {"density": 0.3, "until": 9, "temperature": 0.02, "last_temperature": 0.01},
+    "pa_dst": {"density": 0.3, "until": 9, "interval": 3},
     "str": {"initial": -3.0},
     "movement": {"density": 0.3, "until": 9},
     "soft_movement": {"until": 9, "threshold": 0.4999, "penalty": 0.01},
@@ -352,9 +513,19 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("ste", {"ramp": 5, "allocate": "globally"}),
     ("sr_ste", {}),
     ("sr_ste", {"decay": 0.03}),
+    ("s_ste", {}),
+    ("s_ste", {"n": 1}),
+    ("s_ste", {"n": 3, "m": 5}),
     ("top_kast", {}),
     ("top_kast", {"penalty": 0.02, "interval": 3, "allocate": "globally"}),
     ("top_kast", {"backward_density": 1.0, "allocate": "erk"}),
+    ("dynadiag", {}),
+    ("dynadiag", {"alpha_lr": 0.02, "allocate": "erk"}),
+    ("dynadiag", {"temperature": 5.0, "last_temperature": 0.05, "until": 4, "density": 0.05}),
+    ("pa_dst", {}),
+    ("pa_dst", {"spread": 0.9, "penalty": 0.05, "permutation_lr": 0.5}),
+    ("pa_dst", {"structure": "fives", "density": 0.5, "allocate": "erk"}),
+    ("pa_dst", {"structure": "pairs", "density": 0.5, "until": 5}),
     ("str", {}),
     ("str", {"threshold": "exp", "threshold_lr": 0.05, "threshold_weight_decay": 0.3}),
     ("movement", {}),
@@ -389,11 +560,52 @@ def test_a_pattern_run_is_that_of_the_paper(options: dict[str, Any]) -> None:
             assert (mask.reshape(-1, 4).sum(1) == options["n"]).all(), n
 
 
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(6, 5, 2), nn.Linear(6, 5), nn.Conv1d(6, 5, 3)])
+def test_what_a_pattern_loses_is_continuous_and_its_factor_stays(layer: nn.Module) -> None:
+    """S-STE: where an entry takes the place of another, both are zero; beta is that of the first values."""
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    first, axis = model[0].weight.detach().clone(), int(not isinstance(layer, nn.ConvTranspose2d))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME["s_ste"](n=1, m=3))
+    groups = lambda t: t.movedim(axis, -1).reshape(-1, 3)  # noqa: E731
+    dense = groups(first)
+    large, middle, _ = dense.abs().sort(1, descending=True).values.T
+    soft = torch.zeros_like(dense).scatter(1, dense.abs().argmax(1)[:, None], (large - middle)[:, None]) * dense.sign()
+    beta = float((dense * soft).sum() / soft.square().sum())
+    torch.testing.assert_close(groups(model[0].weight.detach()), beta * soft, rtol=1e-12, atol=1e-14)
+    moved = False
+    for _ in range(30):
+        optimizer.zero_grad()
+        old, topology = model[0].weight.detach().clone(), sparsifier.weights[0].topology
+        (model[0].weight * torch.randn(first.shape).double()).sum().backward()
+        step = 0.05 * float(model[0].weight.grad.abs().max())
+        optimizer.step()
+        # Neither a value nor a threshold moves by more than a step.
+        assert float((model[0].weight - old).detach().abs().max()) <= beta * 2 * step * (1 + 1e-9)
+        moved |= topology != sparsifier.weights[0].topology
+    assert moved
+    assert float(sparsifier.weights[0].state["scale"]) == pytest.approx(beta, rel=1e-12)
+
+
+def test_a_weight_of_zeros_begins_with_a_factor_of_one() -> None:
+    """S-STE: as last layers of residual branches begin; <v, w> / <w, w> would be 0 / 0."""
+    model = nn.Linear(8, 4, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = regrow.sparsify(model, optimizer, BY_NAME["s_ste"]())
+    assert float(sparsifier.weights[0].state["scale"]) == 1
+    (model.weight * torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    assert int((model.weight != 0).sum()) == sparsifier.nnz == 16
+
+
 NEEDED: dict[str, dict[str, Any]] = {
     "dnw": {"density": 0.3},
     "ste": {"density": 0.3},
     "sr_ste": {"density": 0.3},
     "top_kast": {"density": 0.3, "backward_density": 0.6},
+    "dynadiag": {"density": 0.3, "until": 9},
+    "pa_dst": {"density": 0.3, "until": 9},
     "movement": {"density": 0.3, "until": 9},
     "soft_movement": {"until": 9},
 }
@@ -423,12 +635,31 @@ CASES: dict[str, dict[str, Changes]] = {
         "decay": [({"decay": 0.0}, 6), ({"decay": 0.03}, 1)],
         "allocate": ALLOCATE,
     },
+    "s_ste": {"n": [({"n": 1}, 0)], "m": [({"m": 3}, 0)]},
     "top_kast": {
         "density": DENSITY[:1],
         "backward_density": [({"backward_density": 1.0}, 11), ({"backward_density": 0.3}, 1)],
         "penalty": [({"penalty": 0.0}, 6), ({"penalty": 0.02}, 1)],
         "interval": [({"interval": 3}, 1)],
         "allocate": ALLOCATE,
+    },
+    "dynadiag": {
+        "density": [({"density": 0.5}, 9), ({"density": None, "allocate": EXPLICIT}, 9)],
+        "until": [({"until": 5}, 5)],
+        "temperature": [({"temperature": 0.5}, 9)],
+        "last_temperature": [({"last_temperature": 0.001}, 9)],
+        "alpha_lr": [({"alpha_lr": 0.01}, 9)],
+        "allocate": [({"allocate": "erk"}, 9)],
+    },
+    "pa_dst": {
+        "density": [({"density": 0.5}, 9), ({"density": None, "allocate": EXPLICIT}, 9)],
+        "until": [({"until": 5}, 5)],
+        "interval": [({"interval": 1}, 9, {"structure": "pairs", "density": 0.5})],
+        "penalty": [({"penalty": 1.0}, 9)],
+        "spread": [({"spread": 0.9}, 9)],
+        "permutation_lr": [({"permutation_lr": 1.0}, 9)],
+        "allocate": [({"allocate": "erk"}, 9)],
+        "structure": [({"structure": "fives"}, 9), ({"structure": "pairs"}, 9, {"density": 0.5})],
     },
     "str": {
         "initial": [({"initial": -2.0}, 0)],
@@ -491,6 +722,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("top_kast", {"backward_density": 1.2}, "backward_density must lie from the density, 0.3, to 1, got 1.2"),
     ("top_kast", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
     ("top_kast", {"interval": 0}, "choices must be at least 1 step apart, got interval 0"),
+    ("dynadiag", {"density": 0.0}, r"density must lie in \(0, 1\], got 0"),
+    ("dynadiag", {"until": 0}, "until must be step 1 or later, got 0"),
+    ("dynadiag", {"last_temperature": 0.0}, "T must fall and stay above 0, got temperature 0.02 and last_tem.* 0"),
+    ("dynadiag", {"last_temperature": 9.0}, "T must fall and stay above 0, got temperature 0.02 and last_tem.* 9"),
+    ("dynadiag", {"alpha_lr": -1.0}, "alpha_lr must be at least 0, got -1"),
+    ("pa_dst", {"density": 2.0}, r"density must lie in \(0, 1\], got 2"),
+    ("pa_dst", {"until": 0}, "until and interval must be at least 1 step, got 0 and 3"),
+    ("pa_dst", {"interval": 0}, "until and interval must be at least 1 step, got 9 and 0"),
+    ("pa_dst", {"spread": 1.5}, r"spread must lie in \[0, 1\], got 1.5"),
+    ("pa_dst", {"penalty": -1.0}, "penalty must be at least 0, got -1"),
+    ("pa_dst", {"permutation_lr": -1.0}, "permutation_lr must be at least 0, got -1"),
     ("str", {"threshold": "relu"}, "threshold must be one of sigmoid, exp, got 'relu'"),
     ("str", {"threshold_lr": -1.0}, "threshold_lr must be at least 0, got -1"),
     ("str", {"threshold_weight_decay": -1.0}, "threshold_weight_decay must be at least 0, got -1"),
@@ -511,6 +753,11 @@ def test_a_wrong_value_is_refused_by_name(name: str, change: dict[str, Any], tol
     """Property 48."""
     with pytest.raises(ValueError, match=f"^{name}: {told}"):
         BY_NAME[name](**(SHORT[name] | change))
+
+
+def test_a_pattern_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^n_of_m: n must lie in \[1, m\], got n = 5 and m = 4"):
+        BY_NAME["s_ste"](n=5, m=4)
 
 
 @pytest.mark.parametrize("name", ["movement", "soft_movement"])

@@ -569,7 +569,7 @@ def test_deep_r_starts_with_the_values_of_the_modules_and_fixed_signs() -> None:
 def test_deep_r_refuses_a_model_without_values() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
-    with pytest.raises(ValueError, match=r"^deep_r: 0\.weight lies on the meta device .* build the model on a real"):
+    with pytest.raises(ValueError, match=r"^0\.weight lies on the meta device .* build the model on a real"):
         regrow.sparsify(model, torch.optim.SGD(model.parameters()), methods.deep_r(0.3, until=9), storage="compressed")
 
 

@@ -51,6 +51,13 @@ def test_saved_keys_stay() -> None:
         "MOVEMENT_SCORES": "scores",
         "SOFT_THRESHOLD": "threshold",
         "GATE_LOGITS": "log_alpha",
+        "DIAGONAL_LOGITS": "alpha",
+        "DIAGONAL_COUNT": "diagonals",
+        "TEMPERATURE": "temperature",
+        "PATTERN": "pattern",
+        "PERMUTATION": "permutation",
+        "INPUT_ORDER": "order",
+        "SCALE": "scale",
         "LOG_VARIANCE": "log_variance",
     }
 

@@ -64,7 +64,7 @@ def exact_run(storage: Any, method: str, optimizer: str, dtype: torch.dtype, aut
 
 
 TWICE = {"rigl-reset", "granet", "granet-dense", "granet-reset", "granet_uniform", "dsr", "mest", "mest-soft", "deep_r"}
-TWICE |= {"granet-parts", "granet-lamp", "granet-units", "mest-units", "deep_r-parts", "haste-units"}
+TWICE |= {"granet-parts", "granet-lamp", "granet-units", "mest-units", "deep_r-parts", "haste-units", "deep_r-nm"}
 """An update may remove an entry and grow it again; it has lost its gradient then in compressed storage."""
 
 

@@ -275,6 +275,19 @@ def lamp(score: Array, active: Array) -> Array:
     return share
 
 
+def in_pattern(score: Array, shape: Shape, count: int, n: int, m: int) -> Array:
+    """The n highest of each m consecutive inputs; of what is left over as many in each line, or one more where best."""
+    lines = np.moveaxis(np.arange(score.size).reshape(shape), 1, -1).reshape(-1, shape[1])
+    whole = shape[1] // m * m
+    chosen = [top(score, n, group) for line in lines for group in line[:whole].reshape(-1, m)]
+    rests = [line[whole:] for line in lines]
+    each, surplus = divmod(count - sum(c.size for c in chosen), len(rests))
+    chosen += [top(score, each, rest) for rest in rests]
+    if surplus:
+        chosen.append(top(score, surplus, np.concatenate([top(score, each + 1, rest)[-1:] for rest in rests])))
+    return np.isin(np.arange(score.size), np.concatenate(chosen))
+
+
 def with_last(run: Program, allocate: str, total: int, last: str | None, density: float | None) -> list[int]:
     """As `shared`, but the last layer is held at a density where it would fall below."""
     counts = dict(zip(run.sparse, shared(run, allocate, total, run.sparse), strict=True))
@@ -384,6 +397,8 @@ WORDS: dict[str, Mapping[str, Any]] = {
         "fours": parts.groups(4),
         "rows": parts.rows,
         "thirty-twos": parts.groups(32),
+        "diagonals": parts.diagonals,
+        "pairs": parts.n_of_m(1, 2),
     },
     "anneal": {name: getattr(parts, name) for name in ("constant", "linear", "cosine", "inverse_power")}
     | {"cosine_to_0.005": parts.cosine_to_half_percent},

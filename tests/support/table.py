@@ -13,35 +13,43 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from regrow import methods
-from regrow.core.method import Method
+from regrow.core.method import Growth, Method
 from regrow.parts import (
     adaptive_threshold,
     at_random,
     blocks,
     by_flops,
     by_gradient,
+    by_gradient_where_lost,
     by_momentum,
     by_momentum_per_neuron,
     constant,
+    diagonals,
+    diagonals_at_random,
     er,
     erk,
     globally,
     gradient,
     groups,
     half_by_gradient,
+    highest_diagonals,
     highest_per_neuron,
     largest,
     layer_adaptive,
     linear,
     lowest,
+    lowest_diagonals,
     lowest_globally,
     lowest_per_sign,
     magnitude,
     mean_magnitude,
     mean_momentum,
     mixed,
+    n_of_m,
     nonzeros,
     random,
+    random_topology,
+    signed,
     survivors,
     taylor,
     unexplored_first,
@@ -95,6 +103,18 @@ def fixed(make: Callable[[], Method]) -> Row:
 def dynamic(make: Callable[[], Method], *, own: bool = True, unit: int = 1, severs: bool = False) -> Row:
     """Entries move at updates, their number stays; also that of each weight unless `own` is False."""
     return Row(make, conserving=True, own=own, moving=True, draws=True, unit=unit, severs=severs)
+
+
+def diagonal(recipe: Callable[..., Method], grow: Growth) -> Row:
+    """Whole diagonals move at updates, and each weight keeps their number."""
+
+    def make() -> Method:
+        drop = lowest_diagonals(magnitude)
+        # Of the few diagonals of small weights, a smaller fraction is none.
+        method = recipe(DENSITY, until=UNTIL, interval=INTERVAL, fraction=0.6, drop=drop, grow=grow)
+        return method._replace(start=random_topology(DENSITY, uniform, diagonals))
+
+    return Row(make, own=True, moving=True, draws=True, density=None, severs=True)
 
 
 def learned(make: Callable[[], Method], **shows: Any) -> Row:
@@ -248,6 +268,30 @@ METHODS: dict[str, Row] = {
         conserving=True,
         draws=True,
     ),
+    "deep_r-nm": Row(
+        lambda: methods.deep_r(0.5, until=UNTIL, l1=1e-3, noise=1e-2, grow=by_gradient_where_lost(2))._replace(
+            start=signed(random_topology(0.5, uniform, n_of_m(1, 2)))
+        ),
+        own=True,
+        draws=True,
+        density=0.5,
+    ),
+    "static-diagonals": Row(
+        lambda: methods.static(DENSITY)._replace(start=random_topology(DENSITY, uniform, diagonals)),
+        own=True,
+        draws=True,
+        density=None,
+        severs=True,
+    ),
+    "rigl-diagonals": diagonal(methods.rigl, highest_diagonals(gradient)),
+    "set-diagonals": diagonal(methods.set_, diagonals_at_random),
+    "rigl_nm": Row(
+        lambda: methods.rigl_nm(n=1, m=2, until=UNTIL, interval=INTERVAL),
+        own=True,
+        moving=True,
+        draws=True,
+        density=0.5,
+    ),
     "gse-parts": dynamic(
         lambda: methods.gse(
             DENSITY,
@@ -302,10 +346,16 @@ METHODS: dict[str, Row] = {
     "ste": learned(lambda: methods.ste(DENSITY, ramp=UNTIL, allocate=erk), falling=True),
     "sr_ste": learned(lambda: methods.sr_ste(DENSITY, decay=0.01), conserving=True, own=True),
     "sr_ste-pattern": learned(lambda: methods.sr_ste(n=1, m=2), density=0.5, own=True),
+    "s_ste": learned(lambda: methods.s_ste(n=1, m=2), density=0.5, own=True),
     "top_kast": learned(lambda: methods.top_kast(DENSITY, backward_density=0.4), conserving=True, own=True),
     "top_kast-rarely": learned(
         lambda: methods.top_kast(DENSITY, backward_density=1.0, interval=INTERVAL, penalty=0.01, allocate=globally),
         conserving=True,
+    ),
+    "dynadiag": learned(lambda: methods.dynadiag(DENSITY, until=UNTIL), falling=True, density=None),
+    "pa_dst": learned(lambda: methods.pa_dst(DENSITY, until=UNTIL, interval=5), falling=True, density=None),
+    "pa_dst-nm": learned(
+        lambda: methods.pa_dst(0.5, until=UNTIL, interval=5, structure=n_of_m(1, 2)), falling=True, density=0.5
     ),
     "str": learned(lambda: methods.str_(initial=-3.0), density=None),
     "str-exp": learned(

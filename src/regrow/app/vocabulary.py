@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from regrow import methods
 from regrow.app.procedures import Around, around
 from regrow.core.checks import require_density
-from regrow.core.method import Allocation, Drop, Growth, Method, Score, Start, Statistic, Units
+from regrow.core.method import Allocation, Drop, Growth, Method, Score, Start, Statistic, Structure, Units
 from regrow.methods.recipe import own_words, recipe
 from regrow.parts import Anneal, allocation, drops, growth, redistribution, schedules, scores, starts, structures
 
@@ -70,6 +70,8 @@ STARTS: dict[str, Callable[[float], Start]] = {
 """Starts from a trained model, by density."""
 UNITS: dict[str, Units | None] = {"rows": structures.rows, "columns": structures.columns, "none": None}
 """What is active or inactive together, beside what takes a size: `parse_units`."""
+PATTERNS: dict[str, Structure] = {"diagonals": structures.diagonals}
+"""Patterns that are no units, beside what takes numbers: `parse_structure`."""
 REDISTRIBUTIONS: dict[str, Statistic | None] = {
     "momentum": redistribution.mean_momentum,
     "magnitude": redistribution.mean_magnitude,
@@ -265,6 +267,8 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
             return partial(_choose, values), " | ".join(values)
     if hint == Units | None:
         return parse_units, "groups(G) | blocks(H,W) | heads(N) | rows | columns | none"
+    if hint == Structure:
+        return parse_structure, "diagonals | n_of_m(N,M) | groups(G) | blocks(H,W) | heads(N) | rows | columns"
     if hint == Allocation:
         return parse_allocation, " | ".join(ALLOCATIONS) + " | GLOB=DENSITY,...[,rest=NAME]"
     if get_origin(hint) is Literal:
@@ -312,6 +316,22 @@ def parse_units(text: str) -> Units | None:
     return made[match[1], len(sizes)](*sizes)
 
 
+def parse_structure(text: str) -> Structure:
+    """Which patterns are allowed: diagonals, n_of_m(N,M), or the boxes of `parse_units`.
+
+    Examples:
+        >>> parse_structure("diagonals") is structures.diagonals
+        True
+    """
+    if text in PATTERNS:
+        return PATTERNS[text]
+    match = re.fullmatch(r"n_of_m\((\d+), ?(\d+)\)", text)
+    found = structures.n_of_m(int(match[1]), int(match[2])) if match else parse_units(text)
+    if not callable(found):
+        raise ValueError("a structure is needed: diagonals, n_of_m(2,4), groups(8) and the like")
+    return found
+
+
 def parse_allocation(text: str) -> Allocation:
     """A name, or GLOB=DENSITY pairs separated by commas with an optional rest=NAME.
 
@@ -342,7 +362,7 @@ def _choose(values: Mapping[str, T], word: str) -> T:
 
 def _word(value: Any) -> Any:
     """The word that stands for a default value."""
-    for table in (ALLOCATIONS, ANNEALS, DROPS, GROWTHS, SCORES, REDISTRIBUTIONS, SWITCH, UNITS):
+    for table in (ALLOCATIONS, ANNEALS, DROPS, GROWTHS, SCORES, REDISTRIBUTIONS, SWITCH, UNITS, PATTERNS):
         for word, known in table.items():
             if known is value and value is not None:
                 return word

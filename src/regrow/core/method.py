@@ -134,8 +134,8 @@ class Trained(NamedTuple):
 
     name: str
     """Its key in the weight's `state`."""
-    first: Callable[[Tensor], Tensor]
-    """Its first values, from the latent ones (shape)."""
+    first: Callable[[Parts], Tensor]
+    """Its first values, from what the weight is computed from without it."""
     lr: float | None = None
     """Learning rate; None is that of the weight."""
     weight_decay: float | None = None
@@ -153,6 +153,8 @@ class Parts(NamedTuple):
     """The weight's state: tensors trained beside the latent values, and what rules keep there."""
     noise: Tensor | None = None
     """The draws of this step, of the weight's shape; None asks for the weight that is evaluated."""
+    in_axis: int = 1
+    """Which axis counts the inputs."""
 
 
 class Latent(NamedTuple):

@@ -20,6 +20,7 @@ from regrow.methods.dynamic.itop import itop_rigl as itop_rigl
 from regrow.methods.dynamic.itop import itop_set as itop_set
 from regrow.methods.dynamic.mest import mest as mest
 from regrow.methods.dynamic.rigl import rigl as rigl
+from regrow.methods.dynamic.rigl_nm import rigl_nm as rigl_nm
 from regrow.methods.dynamic.set_ import set_ as set_
 from regrow.methods.dynamic.snfs import snfs as snfs
 from regrow.methods.dynamic.srigl import srigl as srigl
@@ -29,8 +30,11 @@ from regrow.methods.gradual.gmp import gmp_uniform as gmp_uniform
 from regrow.methods.gradual.granet import granet as granet
 from regrow.methods.gradual.granet import granet_uniform as granet_uniform
 from regrow.methods.learned.dnw import dnw as dnw
+from regrow.methods.learned.dynadiag import dynadiag as dynadiag
 from regrow.methods.learned.l0 import l0 as l0
 from regrow.methods.learned.movement import movement as movement
+from regrow.methods.learned.pa_dst import pa_dst as pa_dst
+from regrow.methods.learned.s_ste import s_ste as s_ste
 from regrow.methods.learned.soft_movement import soft_movement as soft_movement
 from regrow.methods.learned.sr_ste import sr_ste as sr_ste
 from regrow.methods.learned.ste import ste as ste
@@ -63,6 +67,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "set": set_,
         "snfs": snfs,
         "rigl": rigl,
+        "rigl_nm": rigl_nm,
         "dst": dst,
         "itop_set": itop_set,
         "itop_rigl": itop_rigl,
@@ -77,12 +82,15 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "dnw": dnw,
         "ste": ste,
         "sr_ste": sr_ste,
+        "s_ste": s_ste,
         "top_kast": top_kast,
         "str": str_,
         "movement": movement,
         "soft_movement": soft_movement,
         "l0": l0,
         "variational_dropout": variational_dropout,
+        "dynadiag": dynadiag,
+        "pa_dst": pa_dst,
     },
 }
 """Every recipe by family, and in it by the name that users type."""

@@ -82,6 +82,7 @@ from regrow.parts.drops import (
     adaptive_threshold,
     keep_highest,
     lowest,
+    lowest_diagonals,
     lowest_globally,
     lowest_per_sign,
     require_equal_units,
@@ -94,11 +95,14 @@ from regrow.parts.growth import (
     at_random,
     at_random_where_lost,
     by_gradient,
+    by_gradient_where_lost,
     by_momentum,
     by_momentum_per_neuron,
+    diagonals_at_random,
     gradient,
     half_by_gradient,
     highest,
+    highest_diagonals,
     highest_per_neuron,
     mixed,
     momentum,
@@ -113,6 +117,13 @@ from regrow.parts.observers import (
     keep_momentum,
     mark_explored,
 )
+from regrow.parts.permutations import (
+    assignment,
+    make_doubly_stochastic,
+    near_identity,
+    permutation_distance,
+    permuted,
+)
 from regrow.parts.redistribution import (
     mean_magnitude,
     mean_momentum,
@@ -121,16 +132,23 @@ from regrow.parts.redistribution import (
 )
 from regrow.parts.remembered import (
     BACKWARD_SET,
+    DIAGONAL_COUNT,
+    DIAGONAL_LOGITS,
     DROP_THRESHOLD,
     EXPLORED,
     GATE_LOGITS,
+    INPUT_ORDER,
     LATENT,
     LOG_VARIANCE,
     MOMENTUM,
     MOVEMENT_SCORES,
+    PATTERN,
+    PERMUTATION,
     PLACED,
+    SCALE,
     SOFT_THRESHOLD,
     TARGET,
+    TEMPERATURE,
     Remembered,
     Stateful,
 )
@@ -141,6 +159,7 @@ from regrow.parts.reparametrizations import (
     activate_highest,
     activate_where,
     dropout_divergence,
+    equal_diagonals,
     filled_with,
     gated,
     hard_concrete,
@@ -151,6 +170,8 @@ from regrow.parts.reparametrizations import (
     one_number,
     open_probability,
     ranked_counts,
+    shrunk,
+    soft_diagonals,
     soft_threshold,
     start_by,
     straight_through,
@@ -198,14 +219,19 @@ from regrow.parts.starts import (
     random_fan_in,
     random_topology,
     scale_to_fan_in,
+    signed,
+    signs,
 )
 from regrow.parts.structures import (
     Boxes,
+    Diagonals,
+    active_diagonals,
     best_of_each,
     blocks,
     by_output,
     columns,
     constant_fan_in,
+    diagonals,
     evenly,
     fan_ins,
     groups,
@@ -238,11 +264,11 @@ __all__ = [  # noqa: RUF022 - by noun
     # Scores
     "magnitude", "magnitude_and_gradient", "random", "saliency", "taylor", "unit_scores",
     # Drops
-    "adaptive_threshold", "Careful", "keep_highest", "lowest", "lowest_globally", "lowest_per_sign",
+    "adaptive_threshold", "Careful", "keep_highest", "lowest", "lowest_diagonals", "lowest_globally", "lowest_per_sign",
     "require_equal_units", "share", "smallest",
     # Fields and growths
-    "at_random", "at_random_where_lost", "by_gradient", "by_momentum", "by_momentum_per_neuron", "gradient",
-    "half_by_gradient", "highest",
+    "at_random", "at_random_where_lost", "by_gradient", "by_gradient_where_lost", "by_momentum",
+    "by_momentum_per_neuron", "diagonals_at_random", "gradient", "half_by_gradient", "highest", "highest_diagonals",
     "highest_per_neuron", "mixed", "momentum", "needs_of", "Reading", "READS", "require_finite", "sampled_gradient",
     "unexplored_first",
     # Statistics
@@ -254,7 +280,8 @@ __all__ = [  # noqa: RUF022 - by noun
     "Anneal", "constant", "cosine", "cosine_to", "cosine_to_half_percent", "cubic", "inverse_power", "linear",
     "Schedule",
     # Structures
-    "best_of_each", "blocks", "Boxes", "by_output", "columns", "constant_fan_in", "evenly", "fan_ins", "groups",
+    "active_diagonals", "best_of_each", "blocks", "Boxes", "by_output", "columns", "constant_fan_in", "diagonals",
+    "Diagonals", "evenly", "fan_ins", "groups",
     "heads", "largest", "mean", "n_of_m", "of_outputs", "outputs_of", "Pool", "root_mean_square", "rows",
     "unstructured",
     # Updates
@@ -263,18 +290,22 @@ __all__ = [  # noqa: RUF022 - by noun
     # Starts
     "by_score", "dense", "given", "prune_and_grow_global", "prune_and_grow_structured", "prune_and_grow_uniform",
     "prune_global", "prune_structured", "prune_uniform", "random_fan_in", "random_topology",
-    "scale_to_fan_in",
+    "scale_to_fan_in", "signed", "signs",
     # Starts in rounds
     "Candidates", "connection_sensitivity", "every_position", "gradient_flow", "in_rounds", "outputs_in_rounds",
     "remaining", "Sensitivity", "synaptic_flow",
     # Observers
     "EXPLORATION", "explored_entries", "keep_momentum", "mark_explored",
     # What is remembered
-    "BACKWARD_SET", "DROP_THRESHOLD", "EXPLORED", "GATE_LOGITS", "LATENT", "LOG_VARIANCE", "MOMENTUM",
-    "MOVEMENT_SCORES", "PLACED", "Remembered", "SOFT_THRESHOLD", "Stateful", "TARGET",
+    "BACKWARD_SET", "DIAGONAL_COUNT", "DIAGONAL_LOGITS", "DROP_THRESHOLD", "EXPLORED", "GATE_LOGITS", "INPUT_ORDER",
+    "LATENT", "LOG_VARIANCE", "MOMENTUM", "MOVEMENT_SCORES", "PATTERN", "PERMUTATION", "PLACED", "Remembered", "SCALE",
+    "SOFT_THRESHOLD", "Stateful", "TARGET", "TEMPERATURE",
     # Reparametrizations
-    "activate_highest", "activate_where", "DenseScore", "dropout_divergence", "filled_with", "GATE_HIGH",
-    "GATE_LOW", "gated", "hard_concrete", "highest_positions", "latent_magnitude", "log_dropout", "noisy",
-    "one_number", "open_probability", "ranked_counts", "soft_threshold", "start_by", "straight_through",
+    "activate_highest", "activate_where", "DenseScore", "dropout_divergence", "equal_diagonals", "filled_with",
+    "GATE_HIGH", "GATE_LOW", "gated", "hard_concrete", "highest_positions", "latent_magnitude", "log_dropout", "noisy",
+    "one_number", "open_probability", "ranked_counts", "shrunk", "soft_diagonals", "soft_threshold", "start_by",
+    "straight_through",
+    # Permutations of inputs
+    "assignment", "make_doubly_stochastic", "near_identity", "permutation_distance", "permuted",
 ]
 # fmt: on

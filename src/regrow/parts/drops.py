@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regrow.core import selection
 from regrow.core.method import Drop, Score
 from regrow.core.text import by
 from regrow.core.topology import Topology
@@ -16,6 +17,7 @@ from regrow.core.weight import Shaped, SparseWeight
 from regrow.parts.allocation import at_least, globally
 from regrow.parts.remembered import DROP_THRESHOLD
 from regrow.parts.scores import magnitude, unit_scores
+from regrow.parts.structures import Diagonals, active_diagonals
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ def _require_single_entries(weights: Sequence[SparseWeight]) -> None:
     for weight in weights:
         if not weight.topology.is_unstructured:
             raise ValueError(
-                f"{weight.name} has units of {by(weight.topology.unit)} entries, which have no one sign: "
-                "drop smallest, or leave out structure="
+                f"{weight.name} has units of {by(weight.topology.unit)} entries, which have no one sign and are no "
+                "diagonals: drop smallest, or leave out structure="
             )
 
 
@@ -197,6 +199,36 @@ def _per_sign(weight: SparseWeight, fraction: float) -> Topology:
         chosen = weight.topology.at(indices[of_sign])
         kept.append(chosen.keep(values[of_sign].abs(), count - min(count, math.ceil(fraction * count - 1e-9))).indices)
     return weight.topology.at(torch.cat(kept).sort().values)
+
+
+def lowest_diagonals(score: Score) -> Drop:
+    """Drop the floor(fraction K) of a weight's K active `diagonals` of lowest mean `score`, and each as a whole.
+
+    Raises:
+        ValueError: from the drop, when a weight has diagonals of which only a part is active, naming it.
+
+    Source: as `diagonals`; ranked as RigL ranks entries.
+    """
+
+    def drop(weights: Sequence[SparseWeight], fractions: Sequence[float]) -> list[Topology]:
+        return [
+            _without_diagonals(w, score, f) if f > 0 else w.topology for w, f in zip(weights, fractions, strict=True)
+        ]
+
+    return Careful(drop, _require_single_entries)
+
+
+def _without_diagonals(weight: SparseWeight, score: Score, fraction: float) -> Topology:
+    whole, topology = Diagonals.of(weight.shape), weight.topology
+    active = active_diagonals(weight, topology)
+    on = whole.at(topology.indices.cpu())
+    means = torch.bincount(on, score(weight).double().cpu(), minlength=whole.number)[active] / max(1, whole.length)
+    if bool(means.isnan().any()):
+        raise ValueError(
+            f"{weight.name}: {int(means.isnan().sum()):,} of {means.numel():,} diagonals have scores of NaN"
+        )
+    kept = active[selection.highest(means, active.numel() - share(fraction, active.numel()))]
+    return topology.pick(torch.isin(on, kept).nonzero().view(-1).to(topology.device))
 
 
 def require_equal_units(what: str, weights: Sequence[SparseWeight]) -> None:

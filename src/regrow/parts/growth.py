@@ -22,6 +22,7 @@ from regrow.parts import drops
 from regrow.parts.allocation import apportion
 from regrow.parts.redistribution import mean_momentum
 from regrow.parts.remembered import EXPLORED, MOMENTUM
+from regrow.parts.structures import Diagonals, active_diagonals
 
 
 def gradient(weight: SparseWeight) -> Iterator[tuple[int, Tensor]]:
@@ -77,6 +78,49 @@ def at_random_where_lost(weight: SparseWeight, taken: Topology, count: int) -> T
     return from_index(taken.grid, weight.out_axis, grown).nonzero().view(-1)
 
 
+def by_gradient_where_lost(m: int) -> Growth:
+    """Grow where |gradient| is largest, in each `m` consecutive inputs as many as they lost, so that patterns n:m stay.
+
+    The gradient is read in the groups that lost something, and nowhere else. Equal values go to the lower position.
+
+    Args:
+        m: inputs of a group, at each output and position of a kernel; the last group may have fewer.
+
+    Raises:
+        ValueError: for an `m` below 1; from the growth, for a count that is not what the weight lost, as redistribution
+            asks for, or when a gradient is not finite; naming the weight.
+
+    Source: the proposal of pytorch/ao issue 3222 (2025), where a 2:4 group that loses an entry gets back the position
+    of largest dense gradient.
+    """
+    if m < 1:
+        raise ValueError(f"by_gradient_where_lost: a group has at least 1 input, got m = {m}")
+
+    def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        lost = weight.topology.without(taken)
+        if lost.numel() != count or not weight.topology.is_unstructured:
+            raise ValueError(
+                f"{weight.name}: by_gradient_where_lost gives every group of {m} inputs back what it lost, "
+                f"{lost.numel():,} entries in all, and {count:,} are to grow: leave out redistribute, structure and "
+                "regrow_dropped='forbid'"
+            )
+        stride, inputs = math.prod(weight.shape[weight.in_axis + 1 :]), weight.shape[weight.in_axis]
+        first: Tensor
+        quota: Tensor
+        first, quota = torch.unique(lost - lost // stride % inputs % m * stride, return_counts=True)
+        step = torch.arange(m, device=first.device)
+        positions = first[:, None] + step * stride
+        group = torch.arange(first.numel(), device=first.device)[:, None].expand_as(positions)
+        inside = ((first // stride % inputs)[:, None] + step < inputs) & ~taken.contains(positions)
+        candidates, order = positions[inside].sort()
+        score = weight.grads_at(candidates).abs()
+        require_finite(weight, score)
+        best = _highest_of_each(group[inside][order].cpu(), score.cpu(), quota.cpu())
+        return candidates[best.to(candidates.device)]
+
+    return Reading(grow, Need.GRADIENT)
+
+
 def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
     """Positions drawn uniformly among those never active, and only then among the others; a `Growth`.
 
@@ -100,12 +144,26 @@ def unexplored_first(weight: SparseWeight, taken: Topology, count: int) -> Tenso
     return torch.cat([chosen, others.to(chosen.device)])
 
 
+def diagonals_at_random(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+    """Whole `diagonals` drawn uniformly among those outside `taken`; a `Growth`.
+
+    Raises:
+        ValueError: from the growth, for a count that is not one of whole diagonals, naming the weight.
+
+    Source: as `at_random`, of diagonals.
+    """
+    free = _free_diagonals(weight, taken, count)
+    ranks = weight.generator.subset(free.numel(), count // Diagonals.of(weight.shape).length)
+    return _on_diagonals(weight, free[torch.from_numpy(ranks)])
+
+
 READS: dict[Any, Need] = {
     gradient: Need.GRADIENT,
     momentum: Need.EVERY_GRADIENT,
     mean_momentum: Need.EVERY_GRADIENT,
     at_random: Need.NOTHING,
     at_random_where_lost: Need.NOTHING,
+    diagonals_at_random: Need.NOTHING,
     unexplored_first: Need.EXPLORED,
 }
 """What fields, growths and statistics that are plain functions read."""
@@ -202,6 +260,47 @@ def highest_per_neuron(field: Field) -> Growth:
         return best[0]
 
     return Reading(grow, _needs_of_field(field))
+
+
+def highest_diagonals(field: Field) -> Growth:
+    """Grow whole `diagonals` of largest mean |field|; equal ones in ascending order.
+
+    The field is consumed block by block; a number for each diagonal is held.
+
+    Raises:
+        ValueError: from the growth, for a count that is not one of whole diagonals, as redistribution may ask for, or
+            when the field is not finite; naming the weight.
+
+    Source: as `diagonals`; ranked as RigL ranks entries.
+    """
+
+    def grow(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+        whole = Diagonals.of(weight.shape)
+        sums = torch.zeros(whole.number, dtype=torch.float64)
+        for first, score in _scores(weight, field):
+            sums += whole.sums(first, score)
+        free = _free_diagonals(weight, taken, count)
+        return _on_diagonals(weight, free[selection.highest(sums[free], count // whole.length)])
+
+    return Reading(grow, _needs_of_field(field))
+
+
+def _free_diagonals(weight: SparseWeight, taken: Topology, count: int) -> Tensor:
+    """The numbers of the diagonals outside `taken`, of which there must be enough for a `count` of entries."""
+    whole = Diagonals.of(weight.shape)
+    inactive = torch.ones(whole.number, dtype=torch.bool)
+    inactive[active_diagonals(weight, taken)] = False
+    free = inactive.nonzero().view(-1)
+    if count % whole.length or count // whole.length > free.numel():
+        raise ValueError(
+            f"{weight.name}: {count:,} entries are to grow on diagonals of {whole.length:,}, of which {free.numel():,} "
+            "are free: leave out redistribute, and drop lowest_diagonals"
+        )
+    return free
+
+
+def _on_diagonals(weight: SparseWeight, chosen: Tensor) -> Tensor:
+    return Diagonals.of(weight.shape).mask(chosen).nonzero().view(-1)
 
 
 def sampled_gradient(gamma: float) -> Growth:

@@ -103,5 +103,26 @@ SOFT_THRESHOLD = Remembered("threshold", "trained threshold", f'{_LATENT} that t
 GATE_LOGITS = Remembered("log_alpha", "trained gates", f'{_LATENT} that trains "log_alpha"')
 """log alpha of the gates of L0 regularization, of the weight's shape."""
 
+DIAGONAL_LOGITS = Remembered("alpha", "trained diagonals", f'{_LATENT} that trains "alpha"')
+"""alpha of the diagonals of DynaDiag, (diagonals,)."""
+
+DIAGONAL_COUNT = Remembered("diagonals", "number of diagonals to choose", "start the method first")
+"""How many diagonals DynaDiag chooses, int64 ()."""
+
+PATTERN = Remembered("pattern", "pattern of its values", "start the method first")
+"""Where a weight whose inputs are permuted has values before that, bool of its shape."""
+
+PERMUTATION = Remembered("permutation", "trained permutation", f'{_LATENT} that trains "permutation"')
+"""The matrix by which PA-DST mixes a weight's inputs, (inputs, inputs)."""
+
+INPUT_ORDER = Remembered("order", "order of its inputs", "train the method until its permutation is chosen")
+"""Which input of the pattern each input of the weight is, int64 (inputs,), once the permutation is chosen."""
+
+TEMPERATURE = Remembered("temperature", "temperature", "start the method first")
+"""The temperature of a softmax, float64 (); 0 once its choice is made."""
+
+SCALE = Remembered("scale", "factor of what is left of its values", "start the method first")
+"""The factor that makes up for a soft threshold in S-STE, float64 ()."""
+
 LOG_VARIANCE = Remembered("log_variance", "trained variances", f'{_LATENT} that trains "log_variance"')
 """log sigma^2 of variational dropout, of the weight's shape."""

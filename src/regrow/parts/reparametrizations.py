@@ -17,7 +17,17 @@ from regrow.core import selection
 from regrow.core.method import Allocation, Parts, Rule, Start, Structure, Update
 from regrow.core.topology import Topology
 from regrow.core.weight import Shaped, SparseWeight, Weights
-from regrow.parts.remembered import LATENT, LOG_VARIANCE, MOVEMENT_SCORES, SOFT_THRESHOLD
+from regrow.parts.remembered import (
+    DIAGONAL_COUNT,
+    DIAGONAL_LOGITS,
+    LATENT,
+    LOG_VARIANCE,
+    MOVEMENT_SCORES,
+    SCALE,
+    SOFT_THRESHOLD,
+    TEMPERATURE,
+)
+from regrow.parts.structures import Diagonals
 
 _log = logging.getLogger("regrow")
 
@@ -145,6 +155,37 @@ def soft_threshold(parts: Parts, g: Callable[[Tensor], Tensor]) -> Tensor:
     return parts.latent.sign() * F.relu(parts.latent.abs() - g(SOFT_THRESHOLD.of(parts)))
 
 
+def soft_diagonals(parts: Parts) -> Tensor:
+    """v times clamp(K softmax(alpha / T), 0, 1) of its diagonal; at T = 0 the active v themselves.
+
+    alpha are `DIAGONAL_LOGITS`, K is `DIAGONAL_COUNT` and T the `TEMPERATURE`.
+
+    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks, by its published code.
+    """
+    temperature = TEMPERATURE.of(parts)
+    if not temperature:
+        return parts.latent * parts.active
+    soft = (DIAGONAL_LOGITS.of(parts) / temperature).softmax(0)
+    shares = (DIAGONAL_COUNT.of(parts) * soft).clamp(0, 1)
+    return parts.latent * Diagonals.of(parts.latent.shape).spread(shares).reshape(parts.latent.shape)
+
+
+def shrunk(parts: Parts, m: int) -> Tensor:
+    """`SCALE` times sign(v) max(|v| - t, 0), t the largest inactive |v| of each `m` consecutive inputs, or 0.
+
+    The gradient passes to v as if the weight were v.
+
+    Source: Hu et al. 2024, S-STE, by its published code.
+    """
+    values = parts.latent.detach()
+    hidden = (values.abs() * ~parts.active).movedim(parts.in_axis, -1)
+    inputs = hidden.shape[-1]
+    groups = F.pad(hidden, (0, -inputs % m)).reshape(*hidden.shape[:-1], -(-inputs // m), m)
+    threshold = groups.amax(-1).repeat_interleave(m, -1)[..., :inputs].movedim(-1, parts.in_axis)
+    # In this order, the difference is exactly zero and the weight is exactly what is computed.
+    return SCALE.of(parts) * values.sign() * F.relu(values.abs() - threshold) + (parts.latent - values)
+
+
 def noisy(parts: Parts) -> Tensor:
     """v + sigma e with log sigma^2 the `LOG_VARIANCE`; v where there is no noise.
 
@@ -200,11 +241,17 @@ def dropout_divergence(log_alpha: Tensor) -> Tensor:
     return 0.63576 * (1 - (1.87320 + 1.48695 * log_alpha).sigmoid()) + F.softplus(-log_alpha) / 2
 
 
-def filled_with(value: float) -> Callable[[Tensor], Tensor]:
+def filled_with(value: float) -> Callable[[Parts], Tensor]:
     """First values: `value` at every position."""
-    return lambda latent: torch.full_like(latent, value)
+    return lambda parts: torch.full_like(parts.latent, value)
 
 
-def one_number(value: float) -> Callable[[Tensor], Tensor]:
+def equal_diagonals(parts: Parts) -> Tensor:
+    """First values: 1 / P for each of the P diagonals of a weight, (P,)."""
+    number = Diagonals.of(parts.latent.shape).number
+    return parts.latent.new_full((number,), 1 / max(1, number))
+
+
+def one_number(value: float) -> Callable[[Parts], Tensor]:
     """First values: one number, (1,)."""
-    return lambda latent: latent.new_full((1,), value)
+    return lambda parts: parts.latent.new_full((1,), value)

@@ -309,3 +309,32 @@ def scale_to_fan_in(weights: Weights) -> None:
         values = weight.values()
         scale = fan_in_scale(weight.topology, weight.out_axis).to(values.device)
         weight.set_values((values.double() * scale).to(values.dtype))
+
+
+def signed(start: Start) -> Start:
+    """`start`, after which every active value has the sign of its position, a hash of seed, name and position.
+
+    Raises:
+        ValueError: from the start, for a weight on the meta device, whose values do not exist yet, naming it.
+
+    Source: Bellec et al. 2018, Deep Rewiring, Algorithm 1, whose connections have a sign for good.
+    """
+
+    def make(weights: Weights, probe: Probe) -> None:
+        for weight in weights:
+            if weight.values().is_meta:
+                raise ValueError(
+                    f"{weight.name} lies on the meta device and has no values that could take their signs: build the "
+                    "model on a real device"
+                )
+        start.make(weights, probe)
+        for weight in weights:
+            values = weight.values().abs()
+            weight.set_values(values * signs(weight, values))
+
+    return start._replace(make=make)
+
+
+def signs(weight: SparseWeight, like: Tensor) -> Tensor:
+    """The sign of each active position, (nnz,) in the dtype and on the device of `like`."""
+    return torch.from_numpy(weight.generator.signs(weight.topology.entries.cpu().numpy())).to(like)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -256,6 +257,104 @@ def constant_fan_in(weight: SparseWeight, score: Tensor, count: int) -> Topology
             f"{int((scores[first] > -math.inf).sum()):,} that are allowed: start from an equal fan-in"
         )
     return of_outputs(weight, chosen)
+
+
+def diagonals(weight: SparseWeight, score: Tensor, count: int) -> Topology:
+    """Whole wrapped diagonals, of highest mean score; a `Structure`.
+
+    A weight is the matrix of its first axis by all others. Diagonal d holds the entries (i, j) with (i - j) mod rows
+    = d, or (j - i) mod columns = d where there are more columns. There are as many as the longer side is long, each as
+    long as the shorter, and every entry lies on one. The number that stays is the one whose entries are nearest to the
+    count, the smaller of two, and at least 1.
+
+    Raises:
+        ValueError: from the structure, where fewer diagonals than that are allowed as a whole, naming the weight.
+
+    Source: Tyagi et al. 2025, Dynamic Sparse Training of Diagonally Sparse Networks, by its published code.
+    """
+    score = _checked("diagonals", weight, score, count)
+    whole = Diagonals.of(weight.shape)
+    means = whole.sums(0, score) / max(1, whole.length)
+    number = max(1, -((whole.length - 2 * count) // (2 * whole.length))) if whole.length else 0
+    allowed = int((means > -math.inf).sum())
+    if number > allowed:
+        raise ValueError(
+            f"diagonals: {weight.name} has {allowed:,} diagonals all of whose entries are allowed, and {number:,} are "
+            "asked for: start from whole diagonals, or from dense"
+        )
+    return _topology(weight, whole.mask(selection.highest(means, number)).to(score.device))
+
+
+class Diagonals(NamedTuple):
+    """The wrapped diagonals of a weight: where they lie, and what lies on them."""
+
+    rows: int
+    """The size of the first axis."""
+    columns: int
+    """The product of the others."""
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Diagonals:
+        """Those of a weight of `shape`."""
+        return cls(shape[0], math.prod(shape[1:]))
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return max(self.rows, self.columns)
+
+    @property
+    def length(self) -> int:
+        """How many entries each has."""
+        return min(self.rows, self.columns)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The diagonal on which each of the flat `positions` (n,) lies, (n,)."""
+        i, j = positions // max(1, self.columns), positions % max(1, self.columns)
+        return (i - j if self.rows >= self.columns else j - i) % max(1, self.number)
+
+    def sums(self, first: int, values: Tensor) -> Tensor:
+        """What the `values` (n,) of the flat positions from `first` on add to each diagonal, (number,) float64.
+
+        On the CPU and in order, so that every rank and run has the same sums.
+        """
+        on = self.at(torch.arange(first, first + values.numel()))
+        return torch.bincount(on, values.double().cpu(), minlength=self.number)
+
+    def mask(self, chosen: Tensor) -> Tensor:
+        """Which flat positions lie on the diagonals `chosen` (n,), bool (rows columns,)."""
+        marked = torch.zeros(self.number, dtype=torch.bool)
+        marked[chosen.cpu()] = True
+        return self.spread(marked).reshape(-1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`values` (number,) at every entry of their diagonals, (rows, columns).
+
+        Examples:
+            >>> Diagonals(3, 2).spread(torch.tensor([0, 1, 2])).tolist()
+            [[0, 2], [1, 0], [2, 1]]
+        """
+        wrapped = torch.cat([values[self.number - self.length + 1 :], values])
+        tall = wrapped.unfold(0, max(1, self.length), 1).flip(1)[:, : self.length]
+        return tall if self.rows >= self.columns else tall.t()
+
+
+def active_diagonals(weight: Sized, topology: Topology) -> Tensor:
+    """The numbers of the diagonals that are active in `topology`, (n,) int64 ascending.
+
+    Raises:
+        ValueError: when only a part of a diagonal is active, naming the weight.
+    """
+    whole = Diagonals.of(weight.shape)
+    on = torch.bincount(whole.at(topology.entries.cpu()), minlength=whole.number)
+    active = on.nonzero().view(-1)
+    parted = int((on[active] < whole.length).sum())
+    if parted:
+        raise ValueError(
+            f"{weight.name}: of {active.numel():,} active diagonals {parted:,} are not active as a whole: start with "
+            "random_topology(density, uniform, diagonals), and drop and grow diagonals"
+        )
+    return active
 
 
 def fan_ins(topology: Topology, out_axis: int) -> Tensor:

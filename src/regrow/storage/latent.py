@@ -191,13 +191,14 @@ class LatentWeight(DenseRows):
         block = owner.parameter.detach()[rows]
         self.mask = torch.ones(self.shape, dtype=torch.bool, device=block.device)
         self.state: dict[str, Tensor] = {LATENT: block.clone(memory_format=torch.contiguous_format)}
-        self.trained = {t.name: nn.Parameter(t.first(_wide(self.state[LATENT]))) for t in owner.latent.trained}
+        self.trained = {t.name: nn.Parameter(t.first(self.parts())) for t in owner.latent.trained}
         self.state |= {name: tensor.detach() for name, tensor in self.trained.items()}
 
     def parts(self, noise: Tensor | None = None, trained: Mapping[str, Tensor] | None = None) -> Parts:
         """What the weight is computed from, `trained` tensors in the place of those held."""
         latent = _wide(self.state[LATENT]) if trained is None else trained[LATENT]
-        return Parts(latent, self.mask, self.state if trained is None else {**self.state, **trained}, noise)
+        state = self.state if trained is None else {**self.state, **trained}
+        return Parts(latent, self.mask, state, noise, self.in_axis)
 
     def computed(self, drawn: bool) -> Tensor:
         """The weight of a training forward if `drawn`, else the one that is evaluated, (shape)."""
@@ -252,7 +253,7 @@ class LatentWeight(DenseRows):
 
     def values(self) -> Tensor:
         """Active values of the weight that is evaluated, (nnz,)."""
-        return self.active(self.computed(drawn=False).view(-1))
+        return self.active(self.computed(drawn=False).reshape(-1))
 
     def set_values(self, values: Tensor) -> None:
         """Refuse `values` (nnz,), which say nothing of what they would be computed from."""
@@ -262,10 +263,13 @@ class LatentWeight(DenseRows):
         )
 
     def rewire(self, topology: Topology) -> None:
-        """Change the topology; latent values and their optimizer state stay as they are everywhere."""
+        """Change the topology and compute the weight, also where the topology stays: its state may have changed.
+
+        Latent values and their optimizer state stay as they are everywhere.
+        """
         if topology != self.topology:
             self._take(topology)
-            self.owner.rewired()
+        self.owner.rewired()
 
     def restore(self, topology: Topology) -> None:
         """Take on a saved topology; the parameter is computed when its state is there too."""

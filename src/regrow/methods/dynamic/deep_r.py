@@ -15,10 +15,8 @@ from regrow.parts import (
     Allocation,
     Growth,
     Method,
-    Probe,
     Rule,
     SparseWeight,
-    Start,
     Statistic,
     Update,
     Weights,
@@ -28,6 +26,8 @@ from regrow.parts import (
     random_topology,
     reached,
     rewire,
+    signed,
+    signs,
     uniform,
 )
 
@@ -70,31 +70,8 @@ def deep_r(
         raise ValueError(f"deep_r: l1 and noise must be finite and at least 0, got l1 {l1:g} and noise {noise:g}")
     needs, observe = reads("deep_r", grow, redistribute, decay)
     update = every(1, _walk(l1, noise, grow, redistribute), until=until)
-    start = _signed(random_topology(density, allocate))
+    start = signed(random_topology(density, allocate))
     return Method("deep_r", start, update, observe=observe, timing="after", needs=needs)
-
-
-def _signs(weight: SparseWeight, like: Tensor) -> Tensor:
-    """The sign of each active position, (nnz,) in the dtype and on the device of `like`."""
-    return torch.from_numpy(weight.generator.signs(weight.topology.entries.cpu().numpy())).to(like)
-
-
-def _signed(start: Start) -> Start:
-    """`start`, after which every active value has the sign of its position."""
-
-    def make(weights: Weights, probe: Probe) -> None:
-        for weight in weights:
-            if weight.values().is_meta:
-                raise ValueError(
-                    f"deep_r: {weight.name} lies on the meta device and has no values that could take their signs: "
-                    "build the model on a real device"
-                )
-        start.make(weights, probe)
-        for weight in weights:
-            values = weight.values().abs()
-            weight.set_values(values * _signs(weight, values))
-
-    return start._replace(make=make)
 
 
 def _walk(l1: float, noise: float, grow: Growth, redistribute: Statistic | None) -> Update:
@@ -107,7 +84,7 @@ def _walk(l1: float, noise: float, grow: Growth, redistribute: Statistic | None)
         counts = grown_counts(live, kept, kept, redistribute)
         grown = [k.add(grow(w, k, n)) if n else k for w, k, n in zip(live, kept, counts, strict=True)]
         for weight, t in zip(live, moved, strict=True):
-            weight.set_values(_signs(weight, t) * t)
+            weight.set_values(signs(weight, t) * t)
         rewire(live, kept)
         rewire(live, grown)
 
@@ -125,4 +102,4 @@ def _moved(weight: SparseWeight, l1: float, noise: float) -> Tensor:
         bad = int((~values.isfinite()).sum())
         raise ValueError(f"{weight.name}: {bad:,} of {values.numel():,} values are not finite: training has diverged")
     drawn = torch.from_numpy(weight.generator.normal(values.numel())).to(values.device)
-    return _signs(weight, values) * values - l1 + noise * drawn
+    return signs(weight, values) * values - l1 + noise * drawn
