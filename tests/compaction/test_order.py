@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -82,11 +83,9 @@ def test_a_weight_that_is_packed_the_other_way_round_moves_along_its_own_axis():
 
     model = drawn(Transposed())
     columns = model.first.detach().clone()
-    moved = ordered(model, torch.randn(2, 6))
+    moved = regrow.order_outputs(model, torch.randn(2, 6), 4)
     assert list(moved) == ["first"]
-    assert torch.equal(model.first, columns[:, moved["first"]]) == torch.equal(
-        model.first.sum(0), columns.sum(0)[moved["first"]]
-    )
+    assert torch.equal(model.first, columns[:, moved["first"]])
 
 
 def test_channels_norms_and_the_pixels_of_a_flattened_map_move_together():
@@ -172,14 +171,15 @@ def test_a_layer_that_is_used_twice_moves_as_one():
 
 
 class _Computed(nn.Module):
-    """A weight that is read twice, once after a function of it."""
+    """A weight that is read once as it is, and once after a function of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.weight, self.last = nn.Parameter(torch.empty(8, 8)), nn.Linear(8, 2)
+        self.weight, self.last, self.function = nn.Parameter(torch.empty(8, 8)), nn.Linear(8, 2), function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.linear(F.linear(x, self.weight).relu(), self.weight.tril()).relu())
+        hidden = F.linear(x, self.weight).relu()
+        return self.last(hidden) + self.function(hidden, self.weight.tril())
 
 
 class _Sliced(nn.Module):
@@ -220,9 +220,14 @@ def test_what_has_an_order_stays(model: nn.Module, x: tuple[int, ...]):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_weight_that_is_read_in_other_ways_too_stays():
+@pytest.mark.parametrize(
+    "function",
+    [lambda hidden, weight: weight.sum(), lambda hidden, weight: F.linear(hidden, weight).mean()],
+    ids=["alone", "with its outputs"],
+)
+def test_a_weight_that_is_read_in_other_ways_too_stays(function: Callable[[Tensor, Tensor], Tensor]):
     with pytest.raises(ValueError, match="may change places"):
-        regrow.order_outputs(drawn(_Computed()), torch.randn(2, 8), 4)
+        regrow.order_outputs(drawn(_Computed(function)), torch.randn(2, 8), 4)
 
 
 def test_a_neuron_that_stands_in_another_order_elsewhere_leaves_the_model_as_it_was():
@@ -292,22 +297,19 @@ def test_neurons_that_share_their_inputs_come_to_stand_in_one_group():
 def test_training_goes_on_as_if_nothing_had_moved(make: Any):
     x, y = torch.randn(16, 7), torch.randint(3, (16,))
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
     plain, other = (drawn(perceptron(7, 16, 8, 3)) for _ in range(2))
     other.load_state_dict(plain.state_dict())
     optimizers = make(plain.parameters()), make(other.parameters())
     for n in range(6):
-        step(plain, optimizers[0])
-        step(other, optimizers[1])
+        for model, optimizer in zip((plain, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
         if n == 2:
             moved = regrow.order_outputs(other, x, 4, optimizer=optimizers[1])
+        for optimizer in optimizers:
+            optimizer.step()
     assert (other(x) - plain(x)).abs().max() < EXACT
     assert torch.allclose(other[0].weight, plain[0].weight[moved["0.weight"]], atol=EXACT)
-    assert torch.allclose(other[0].weight.grad, plain[0].weight.grad[moved["0.weight"]], atol=EXACT)
 
 
 def test_a_sparse_model_is_refused():
