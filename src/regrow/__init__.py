@@ -4,6 +4,7 @@ from regrow import methods as methods
 from regrow import metrics as metrics
 from regrow import nn as nn
 from regrow.compaction import compact as compact
+from regrow.compaction import order_outputs as order_outputs
 from regrow.core.topology import Topology as Topology
 from regrow.engine.sparsifier import Sparsifier as Sparsifier
 from regrow.engine.sparsify import sparsify as sparsify

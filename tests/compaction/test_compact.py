@@ -79,6 +79,19 @@ def shape(small: Any, name: str) -> tuple[int, ...]:
 # Chains
 
 
+@pytest.mark.parametrize(
+    "model, x",
+    [
+        (nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 2, 1)), (4, 3, 9)),
+        (nn.Sequential(nn.Conv3d(3, 8, 1), nn.ReLU(), nn.Conv3d(8, 2, 1)), (4, 3, 2, 5, 6)),
+    ],
+    ids=["1d", "3d"],
+)
+def test_channels_of_one_and_three_dimensions_go(model: nn.Module, x: tuple[int, ...]):
+    small = checked(halved(model.double()), torch.randn(x))
+    assert shape(small, "0.weight")[0] == 4
+
+
 @pytest.mark.parametrize("storage", ["masked", "compressed"])
 def test_neurons_without_inputs_or_outputs_go_until_none_is_left(storage: str):
     model = nn.Sequential(

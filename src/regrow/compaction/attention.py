@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import argument
-from regrow.compaction.flow import Flow, Value, anywhere, even, everywhere, fill, name_of, varies
+from regrow.compaction.flow import Flow, Followed, Value, anywhere, even, everywhere, fill, name_of, varies
 from regrow.compaction.plan import Plan
 from regrow.compaction.rule import Rule
 
@@ -42,6 +42,11 @@ class MatMul(Rule):
         a, b = (flow.values[n].tensor for n in sources)
         flow.use(sources[0], anywhere(needed, -1).expand(a.shape))
         flow.use(sources[1], anywhere(needed, -2).expand(b.shape))
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed]:
+        """Heads and their features stay where they are."""
+        flow.pin_inputs(node)
+        return []
 
     def constrain(self, plan: Plan, node: fx.Node) -> None:
         """A matrix stays in both factors or in none."""
@@ -89,6 +94,11 @@ class Attention(Rule):
         flow.use(sources[2], anywhere(needed, -2).expand(flow.raw[sources[2]].shape))
         if (mask := argument(node, 3)) in flow.values:
             flow.use(mask, fill(flow.raw[mask], True))
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed]:
+        """Heads and their features stay where they are."""
+        flow.pin_inputs(node)
+        return []
 
     def constrain(self, plan: Plan, node: fx.Node) -> None:
         """A head stays everywhere or nowhere."""

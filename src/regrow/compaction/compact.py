@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from regrow.compaction.edit import Edit, fold_constants
 from regrow.compaction.flow import Flow
-from regrow.compaction.graph import Arguments, arguments, dense, evaluating, trace
+from regrow.compaction.graph import arguments, dense, require_same, run, trace
 from regrow.compaction.plan import Plan
 from regrow.compaction.report import Report, kept, shapes
 from regrow.compaction.rules import RULES
-
-_TOLERANCE = 1e-5
 
 
 class Compacted(fx.GraphModule):
@@ -72,16 +70,16 @@ def compact(model: nn.Module, example: Any, *, dynamic_shapes: Any = None) -> Co
     """
     given = arguments(example)
     with dense(model) as whole:
-        expected = _run(whole, given)
+        expected = run(whole, given)
         before = shapes(whole)
-        module = trace(whole, given, dynamic_shapes)
+        module = trace(whole, given, dynamic_shapes, by="compact")
     with next((p.device for p in model.parameters()), torch.device("cpu")):
         plan = _shrink(module, pytree.tree_leaves(given))
     small = Compacted(module, module.graph)
     small.meta["report"] = Report(
         before, shapes(small), kept(plan, lambda node: RULES.of(node).origin(plan.flow, node))
     )
-    _require_same(expected, _run(small, given))
+    require_same("compact", expected, run(small, given))
     return small
 
 
@@ -95,21 +93,3 @@ def _shrink(module: fx.GraphModule, inputs: list[Any]) -> Plan:
         if not plan.gone.any():
             return plan
         Edit(flow, plan).run(lambda edit, node: RULES.of(node).rewrite(edit, node))
-
-
-def _run(model: nn.Module, example: Arguments) -> list[Tensor]:
-    args, kwargs = example
-    with evaluating(model), torch.no_grad():
-        return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
-
-
-def _require_same(expected: list[Tensor], found: list[Tensor]) -> None:
-    for one, other in zip(expected, found, strict=True):
-        if not one.is_floating_point() or not one.numel():
-            continue
-        error, size = (float(t.nan_to_num().abs().max()) for t in (one - other, one))
-        if error > max(torch.finfo(one.dtype).eps ** 0.5, _TOLERANCE) * max(size, 1.0):
-            raise ValueError(
-                f"compact would change outputs of up to {size:.3g} by up to {error:.3g}, because an operator "
-                "of it does not do what it declares: leave out the module that has it"
-            )

@@ -46,7 +46,7 @@ class Edit:
 
     def leaves(self, node: fx.Node) -> list[fx.Node]:
         """Tensors among a node's inputs that follow from parameters alone."""
-        return [n for n in node.all_input_nodes if n in self.flow.leaves and isinstance(self.flow.raw[n], Tensor)]
+        return self.flow.parameters(node)
 
     def scaled(self, node: fx.Node, size: fx.Node, new: int, old: int) -> fx.Node:
         """A size that may vary, of which `new` in `old` stay, for the use of a node."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Value, anywhere, everywhere, fill, name_of, spread, varies
+from regrow.compaction.flow import Flow, Followed, Value, along, anywhere, everywhere, fill, name_of, spread, varies
 from regrow.compaction.rule import Rule
 from regrow.compaction.units import lean
 
@@ -61,6 +61,11 @@ class Pointwise(Rule):
         for source in flow.sources(node):
             flow.use(source, gather(needed, flow.values[source].tensor.shape))
 
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed]:
+        """Parameters among the operands, as the result."""
+        label = flow.values[node].label
+        return [f for leaf in flow.parameters(node) for f in flow.along_one(leaf, label, name_of(node))]
+
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """Parameters among the operands follow the result."""
         rank = edit.flow.values[node].tensor.dim()
@@ -92,6 +97,10 @@ class Channelwise(Rule):
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """Every element by itself."""
         flow.use(node.args[0], needed)
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed]:
+        """Parameters, as the channels."""
+        return _channels(flow, node)
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """Parameters follow the channels."""
@@ -165,6 +174,10 @@ class GroupNorm(Rule):
         split = needed.reshape(needed.shape[0], argument(node, 1), -1)
         flow.use(node.args[0], anywhere(split, 2).expand(split.shape).reshape(needed.shape))
 
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed]:
+        """Parameters, as the channels, of which those of a group are tied."""
+        return _channels(flow, node)
+
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """Fewer groups."""
         kept, groups = edit.axis(node, 1), node.args[1]
@@ -172,6 +185,16 @@ class GroupNorm(Rule):
         node.update_arg(1, groups * int(kept.sum()) // len(kept))
         for leaf in edit.leaves(node):
             node.replace_input_with(leaf, edit.cut(leaf, {0: kept}))
+
+
+def _channels(flow: Flow, node: fx.Node) -> list[Followed]:
+    """Parameters with one number for each channel."""
+    label = flow.units.find(flow.values[node].label)
+    leaves = [leaf for leaf in flow.parameters(node) if flow.raw[leaf].numel() > 1]
+    if leaves and any(varies(label, a) for a in range(label.dim()) if a != 1):
+        flow.units.pin(label, f"{name_of(node)} reads it along several axes")
+        return []
+    return [Followed(leaf, 0, along(label, 1)) for leaf in leaves]
 
 
 def _group_wise(label: Tensor, groups: int) -> Tensor:
@@ -260,6 +283,11 @@ class Lookup(Rule):
         """All indices."""
         for source in flow.sources(node):
             flow.use(source, fill(flow.raw[source], True))
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed] | None:
+        """Columns of the table."""
+        table = argument(node, 0)
+        return [Followed(table, 1, along(flow.values[node].label, -1))] if table in flow.leaves else None
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """Fewer columns."""

@@ -26,6 +26,17 @@ class Value(NamedTuple):
     """What each element goes with, in `Flow.units`."""
 
 
+class Followed(NamedTuple):
+    """A parameter whose indices along an axis go with elements of a tensor."""
+
+    leaf: fx.Node
+    axis: int
+    label: Tensor
+    """(size of the axis,) what each index goes with."""
+    is_output: bool = False
+    """Whether these are the outputs of a weight."""
+
+
 class Passes(Protocol):
     """What one kind of operator does to what is known."""
 
@@ -35,6 +46,10 @@ class Passes(Protocol):
 
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """Mark what of its inputs a node uses, where `needed` of its own elements are."""
+        ...
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed] | None:
+        """Which parameters move along when elements change places, None where that is not known."""
         ...
 
 
@@ -73,6 +88,10 @@ class Flow:
         """Tensors that a node reads and that are no leaves."""
         return [n for n in node.all_input_nodes if n in self.values]
 
+    def parameters(self, node: fx.Node) -> list[fx.Node]:
+        """Tensors that a node reads and that follow from parameters alone."""
+        return [n for n in node.all_input_nodes if n in self.leaves and isinstance(self.raw[n], Tensor)]
+
     def load(self, argument: Any) -> Any:
         """What arguments of a node are for the example."""
         return fx.map_arg(argument, lambda n: self.raw[n])
@@ -96,6 +115,17 @@ class Flow:
         """Which elements of a node are used and not constant."""
         value = self.values[node]
         return lean(lambda used, known: used & ~known, self.used.get(node, fill(value.tensor, False)), value.known)
+
+    def along_one(self, leaf: fx.Node, label: Tensor, what: str) -> list[Followed]:
+        """A parameter that meets elements of `label` one by one, from the last axis on; pinned if along several."""
+        shape, label = self.raw[leaf].shape, self.units.find(label)
+        axes = [a for a in range(label.dim()) if varies(label, a)]
+        first = label.dim() - len(shape)
+        met = [a for a in axes if a >= first and shape[a - first] > 1]
+        if met and len(axes) > 1:
+            self.units.pin(label, f"{what} reads it along several axes")
+            return []
+        return [Followed(leaf, a - first, along(label, a)) for a in met]
 
     def _forward(self, node: fx.Node, given: Any) -> None:
         if node.op == "placeholder":
@@ -170,8 +200,9 @@ def varies(tensor: Tensor, axis: int) -> bool:
 
 def along(tensor: Tensor, axis: int) -> Tensor:
     """The elements along one axis, (size,), at the first index of all others."""
+    axis %= tensor.dim()
     for other in reversed(range(tensor.dim())):
-        if other != axis % tensor.dim():
+        if other != axis:
             tensor = tensor.select(other, 0)
     return tensor
 

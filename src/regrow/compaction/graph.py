@@ -15,6 +15,8 @@ from regrow.nn import SparseModule
 
 aten = torch.ops.aten
 
+_TOLERANCE = 1e-5
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -25,8 +27,8 @@ def arguments(example: Any) -> Arguments:
     return (tuple(example), {}) if isinstance(example, tuple) else ((example,), {})
 
 
-def trace(model: nn.Module, example: Arguments, dynamic_shapes: Any) -> fx.GraphModule:
-    """The graph of a dense `model` in evaluation, with copies of its parameters.
+def trace(model: nn.Module, example: Arguments, dynamic_shapes: Any, *, by: str) -> fx.GraphModule:
+    """The graph of a dense `model` in evaluation, with copies of its parameters, for the function called `by`.
 
     Raises:
         ValueError: when torch.export cannot trace it.
@@ -41,7 +43,7 @@ def trace(model: nn.Module, example: Arguments, dynamic_shapes: Any) -> fx.Graph
             module = exported.run_decompositions({}).module(check_guards=False)
         except Exception as error:
             raise ValueError(
-                f"compact cannot trace {_where(model, error)} by torch.export, which says: {_first_line(error)}"
+                f"{by} cannot trace {_where(model, error)} by torch.export, which says: {_first_line(error)}"
             ) from error
     assert isinstance(module, fx.GraphModule)
     graph = fx.GraphModule(module, module.graph)
@@ -110,6 +112,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def run(model: nn.Module, example: Arguments) -> list[Tensor]:
+    """All tensors that a model answers with in evaluation."""
+    args, kwargs = example
+    with evaluating(model), torch.no_grad():
+        return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
+
+
+def require_same(name: str, expected: list[Tensor], found: list[Tensor]) -> None:
+    """Raise ValueError where outputs differ by more than rounding, after what the function called `name` did."""
+    for one, other in zip(expected, found, strict=True):
+        if not one.is_floating_point() or not one.numel():
+            continue
+        error, size = (float(t.nan_to_num().abs().max()) for t in (one - other, one))
+        if error > max(torch.finfo(one.dtype).eps ** 0.5, _TOLERANCE) * max(size, 1.0):
+            raise ValueError(
+                f"{name} would change outputs of up to {size:.3g} by up to {error:.3g}, because an operator "
+                "of it does not do what it declares: leave out the module that has it"
+            )
 
 
 def _where(model: nn.Module, error: BaseException) -> str:

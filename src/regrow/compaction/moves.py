@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Value, any_but, anywhere, everywhere, fill, spread, varies
+from regrow.compaction.flow import Flow, Followed, Value, any_but, anywhere, everywhere, fill, name_of, spread, varies
 from regrow.compaction.plan import Plan
 from regrow.compaction.rule import Rule
 
@@ -53,6 +53,11 @@ class Move(Rule):
         target: Any = aten.reshape if packet in (aten.view, aten._unsafe_view) else node.target
         moved: Tensor = target(*fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load))
         return moved
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed]:
+        """Parameters that are moved, as their own elements."""
+        leaves = [leaf for leaf in flow.parameters(node) if (node, leaf) in flow.entries]
+        return [f for leaf in leaves for f in flow.along_one(leaf, flow.entries[node, leaf].label, name_of(node))]
 
     def rewrite(self, edit: Edit, node: fx.Node) -> None:
         """Parameters lose the elements that go."""

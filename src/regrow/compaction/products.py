@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit, argument
-from regrow.compaction.flow import Flow, Value, all_but, along, any_but, even, fill, name_of, spread
+from regrow.compaction.flow import Flow, Followed, Value, all_but, along, any_but, even, fill, name_of, spread
 from regrow.compaction.plan import Plan
 from regrow.compaction.rule import Rule
 
@@ -64,6 +64,22 @@ class Product(Rule):
         """Its output features."""
         o = self._operands(flow, node)
         return None if o is None else (o.weight, o.features)
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed] | None:
+        """Rows, columns and biases; in a convolution of groups, only where a group is one channel."""
+        o = self._operands(flow, node)
+        if o is None:
+            return self.other.follow(flow, node)
+        inputs, outputs = (along(flow.values[n].label, o.features) for n in (o.x, node))
+        found = [] if o.bias is None else [Followed(o.bias, 0, outputs)]
+        if o.groups == 1:
+            return [*found, Followed(o.weight, o.out_axis, outputs, True), Followed(o.weight, o.in_axis, inputs)]
+        if o.groups == len(inputs) == len(outputs):
+            flow.units.tie(inputs, outputs, f"{name_of(node)} maps each channel to one")
+            return [*found, Followed(o.weight, 0, outputs)]
+        for label in (inputs, outputs):
+            flow.units.pin(label, f"{name_of(node)} has groups of channels")
+        return found
 
     def constrain(self, plan: Plan, node: fx.Node) -> None:
         """A constant goes only where its effect is the same everywhere; groups go whole."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from regrow.compaction.edit import Edit
-from regrow.compaction.flow import Flow, Value, fill
+from regrow.compaction.flow import Flow, Followed, Value, fill
 from regrow.compaction.plan import Plan
 from regrow.compaction.units import FREE
 
@@ -25,6 +25,13 @@ class Rule:
     def backward(self, flow: Flow, node: fx.Node, needed: Tensor) -> None:
         """Mark what of its inputs a node uses, where `needed` of its own elements are."""
         flow.use_inputs(node)
+
+    def follow(self, flow: Flow, node: fx.Node) -> list[Followed] | None:
+        """Which parameters move along when elements change places, None where that is not known.
+
+        What may go and may not change places is pinned, or tied to what it must go with.
+        """
+        return None
 
     def constrain(self, plan: Plan, node: fx.Node) -> None:
         """Take back what cannot go because of this node."""
