@@ -20,7 +20,7 @@ from regrow.core.weight import Shaped
 from regrow.engine import claims
 from regrow.nn import SparseModule
 from regrow.parts import groups
-from regrow.storage.state import forget_other_state, weight_shaped_state
+from regrow.storage.state import forget_history, weight_shaped_state
 
 
 class _Axis(NamedTuple):
@@ -233,7 +233,17 @@ def _permute(tensor: Tensor, axis: int, order: Tensor, optimizers: Sequence[Opti
     beside = [] if tensor.grad is None else [tensor.grad]
     for optimizer in optimizers:
         if isinstance(tensor, nn.Parameter):
-            forget_other_state(optimizer, tensor)
-            beside += weight_shaped_state(optimizer, tensor).values()
+            beside += _moved_state(optimizer, tensor)
     for each in (tensor, *beside):
         each.copy_(each.index_select(axis, order.to(each.device)))
+
+
+def _moved_state(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """The state that moves with entries; where there is more, which is written in the old order, all of it goes."""
+    forget_history(optimizer)
+    own = weight_shaped_state(optimizer, parameter)
+    state = optimizer.state.get(parameter, {})
+    if any(torch.is_tensor(s) and s.dim() for key, s in state.items() if key not in own):
+        del optimizer.state[parameter]
+        return []
+    return list(own.values())
