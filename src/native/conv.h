@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <memory>
-#include <thread>
 
 #include "conv_block.h"
 #include "parallel.h"
@@ -106,18 +105,20 @@ inline Int shares_of_rows(Int blocks, int threads, Int rows) {
 // The forward product and the input gradient: `target` is fully written. run(p, sub, first, last, packed, results) adds what rows
 // [first, last) of register tile `sub` get from panel p; or begins these sums, where the panel opens. Shares of rows begin at
 // multiples of `whole`.
-template <class S, class D, int N, class F>
-void convolve(const Plan<N>& plan, int threads, Int whole, const S* source, D* target, F&& run) {
-    using A = Sum<S>;
-    const Int blocks = plan.blocks(), rows = plan.rows / whole;
-    const Int shares = shares_of_rows(blocks, threads, rows);
-    const Int tasks = blocks * shares;
-    std::atomic<Int> next{0};
-    parallel(int(std::min<Int>(threads, std::max<Int>(tasks, 1))), [&](int) {
-        A* packed = static_cast<A*>(scratch(PRIVATE, (plan.panel_size() + plan.result_size()) * sizeof(A)));
-        A* results = packed + plan.panel_size();
-        Block<N, S, D> block(plan);
-        for (Int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+template <class T, int N, class F>
+class Convolve {
+public:
+    Convolve(const Plan<N>& plan, int threads, Int whole, const T* source, T* target, F run)
+        : plan(plan), whole(whole), rows(plan.rows / whole), shares(shares_of_rows(plan.blocks(), threads, rows)), source(source),
+          target(target), run(std::move(run)) {}
+
+    Int tasks() const { return plan.blocks() * shares; }
+    // What a thread does tasks with.
+    auto worker() const {
+        return [this, block = Block<N, T, T>(plan)](Int task) mutable {
+            using A = Sum<T>;
+            A* packed = static_cast<A*>(scratch(PRIVATE, (plan.panel_size() + plan.result_size()) * sizeof(A)));
+            A* results = packed + plan.panel_size();
             const Int share = task % shares, low = rows * share / shares * whole, high = rows * (share + 1) / shares * whole;
             block.open(task / shares);
             for (Int p = 0; p < Int(plan.panels.size()); ++p) {
@@ -130,19 +131,27 @@ void convolve(const Plan<N>& plan, int threads, Int whole, const S* source, D* t
                 }
             }
             block.unpack_target(results, low, high, target);
-        }
-    });
-}
+        };
+    }
+
+private:
+    const Plan<N>& plan;
+    const Int whole, rows, shares;
+    const T* source;
+    T* target;
+    const F run;
+};
 
 // The same for connections one by one.
-template <class S, class D, int N>
-void convolve_entries(const Plan<N>& plan, const Program<Step<Sum<S>>, N>& program, int threads, const S* source,
-                      const Sum<S>* bias, D* target) {
-    using A = Sum<S>;
-    convolve(plan, threads, 1, source, target, [&](Int p, Int sub, Int first, Int last, const A* packed, A* results) {
+template <class T, int N>
+auto convolve_entries(const Plan<N>& plan, const Program<Step<Sum<T>>, N>& program, int threads, const T* source,
+                      const Sum<T>* bias, T* target) {
+    using A = Sum<T>;
+    const auto run = [&plan, &program, bias](Int p, Int sub, Int first, Int last, const A* packed, A* results) {
         const auto add = plan.panels[p].opens ? accumulate<A, N, true> : accumulate<A, N, false>;
         add(program.steps.get(), program.of(plan.phase_of(sub), p), first, last, packed, plan.stride() * N, bias, results);
-    });
+    };
+    return Convolve<T, N, decltype(run)>(plan, threads, 1, source, target, run);
 }
 
 // Offsets in a packed panel: of a channel by its number, of a tap by its place in the kernel.
@@ -223,12 +232,13 @@ void forward(int threads, const Geometry& geometry, const std::int64_t* starts, 
     if (bias) {
         for (Int row = 0; row < g.filters; ++row) wide.push_back(widen(bias[row]));
     }
-    convolve_entries<T, T, N>(plan, program, threads, x, bias ? wide.data() : nullptr, y);
+    deal(threads, convolve_entries<T, N>(plan, program, threads, x, bias ? wide.data() : nullptr, y));
 }
 
-template <class T, class I>
-void input_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* rows, const I* order,
-                    const T* values, const T* dy, T* dx) {
+// Calls use(product) with dx from dy, from the transposed index.
+template <class T, class I, class F>
+void with_input_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* rows, const I* order,
+                         const T* values, const T* dy, T* dx, F&& use) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
@@ -251,7 +261,7 @@ void input_gradient(int threads, const Geometry& geometry, const std::int64_t* s
         }
     };
     const Program<Step<A>, N> program(plan, threads, count, visit);
-    convolve_entries<T, T, N>(plan, program, threads, dy, nullptr, dx);
+    use(convolve_entries<T, N>(plan, program, threads, dy, nullptr, dx));
 }
 
 // Swaps the lanes of `a` that have bit H in their number with those of `b` that lack it.
@@ -330,30 +340,30 @@ inline void correlate_rows(const Offset* steps, const std::int64_t* begins, cons
 // [first, last) of register tile `sub` give with panel p. Row r of the weight spans `whole` rows of the plan and has values
 // starts[r] * whole to starts[r + 1] * whole.
 template <class T, int N, class F>
-void correlate(const Plan<N>& plan, int threads, const std::int64_t* starts, Int whole, const T* x, const T* dy, T* dvalues,
-               F&& run) {
+class Correlate {
+public:
     using A = Sum<T>;
+
+    Correlate(const Plan<N>& plan, int threads, const std::int64_t* starts, Int whole, const T* x, const T* dy, T* dvalues, F run)
+        : plan(plan), runs(std::min<Int>(plan.blocks(), 32)), whole(whole), rows(plan.rows / whole), count(starts[rows] * whole),
+          shares(shares_of_rows(runs, threads, rows)), starts(starts), x(x), dy(dy), dvalues(dvalues), run(std::move(run)),
+          total(new A[std::size_t(count)]()), added(new std::atomic<Int>[std::size_t(shares)]) {
+        for (Int share = 0; share < shares; ++share) added[std::size_t(share)] = 0;
+    }
+
     // Each run of blocks is summed by itself, then added to the total in order, whichever thread had it: no result depends on
     // the number of threads.
-    const Int blocks = plan.blocks(), runs = std::min<Int>(blocks, 32), rows = plan.rows / whole, count = starts[rows] * whole;
-    const Int shares = shares_of_rows(runs, threads, rows);
-    const int parts = int(std::min<Int>(threads, std::max<Int>(runs * shares, 1)));
-    const std::unique_ptr<A[]> sums(new A[std::size_t((parts + 1) * count)]);
-    A* const total = sums.get() + parts * count;
-    std::fill(total, total + count, A(0));
-    const std::unique_ptr<std::atomic<Int>[]> added(new std::atomic<Int>[std::size_t(shares)]);
-    for (Int share = 0; share < shares; ++share) added[share] = 0;
-    std::atomic<Int> next{0};
-    parallel(parts, [&](int part) {
-        A* packed = static_cast<A*>(scratch(PRIVATE, (plan.panel_size() + plan.result_size()) * sizeof(A)));
-        A* gradients = packed + plan.panel_size();
-        A* own = sums.get() + part * count;
-        Block<N, T, T> block(plan);
-        for (Int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < runs * shares;) {
+    Int tasks() const { return runs * shares; }
+    // What a thread does tasks with; it takes them in ascending order.
+    auto worker() const {
+        return [this, block = Block<N, T, T>(plan), sums = std::unique_ptr<A[]>(new A[std::size_t(count)])](Int task) mutable {
+            A* packed = static_cast<A*>(scratch(PRIVATE, (plan.panel_size() + plan.result_size()) * sizeof(A)));
+            A* gradients = packed + plan.panel_size();
+            A* own = sums.get();
             const Int run_of_blocks = task / shares, share = task % shares;
             const Int r0 = rows * share / shares, r1 = rows * (share + 1) / shares, low = r0 * whole, high = r1 * whole;
             std::fill(own + starts[r0] * whole, own + starts[r1] * whole, A(0));
-            for (Int b = blocks * run_of_blocks / runs; b < blocks * (run_of_blocks + 1) / runs; ++b) {
+            for (Int b = plan.blocks() * run_of_blocks / runs; b < plan.blocks() * (run_of_blocks + 1) / runs; ++b) {
                 block.open(b);
                 block.pack_target(dy, low, high, gradients);
                 for (Int p = 0; p < Int(plan.panels.size()); ++p) {
@@ -367,17 +377,54 @@ void correlate(const Plan<N>& plan, int threads, const std::int64_t* starts, Int
                     }
                 }
             }
-            while (added[share].load(std::memory_order_acquire) != run_of_blocks) std::this_thread::yield();
-            for (Int j = starts[r0] * whole; j < starts[r1] * whole; ++j) total[j] += own[j];
-            added[share].store(run_of_blocks + 1, std::memory_order_release);
-        }
-    });
-    for (Int j = 0; j < count; ++j) dvalues[j] = narrow<T>(total[j]);
+            std::atomic<Int>& done = added[std::size_t(share)];
+            until([&] { return done.load(std::memory_order_acquire) == run_of_blocks; });
+            for (Int j = starts[r0] * whole; j < starts[r1] * whole; ++j) total[std::size_t(j)] += own[j];
+            done.store(run_of_blocks + 1, std::memory_order_release);
+        };
+    }
+    // Once all tasks are done.
+    void finish() const {
+        for (Int j = 0; j < count; ++j) dvalues[j] = narrow<T>(total[std::size_t(j)]);
+    }
+
+private:
+    const Plan<N>& plan;
+    const Int runs, whole, rows, count, shares;
+    const std::int64_t* starts;
+    const T *x, *dy;
+    T* dvalues;
+    const F run;
+    const std::unique_ptr<A[]> total;
+    const std::unique_ptr<std::atomic<Int>[]> added;
+};
+
+// Does all tasks of a product.
+template <class P>
+void deal(int threads, const P& product) {
+    Tasks tasks(product.tasks());
+    parallel(int(std::min<Int>(threads, std::max<Int>(product.tasks(), 1))), [&](int) { tasks.take(product.worker()); });
 }
 
-template <class T, class I>
-void value_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* columns, const T* x, const T* dy,
-                    T* dvalues) {
+// Does all tasks of two products of the same images in step: what one has read is still in cache for the other.
+template <class P, class Q>
+void deal(int threads, const P& first, const Q& second) {
+    const Int firsts = first.tasks(), all = firsts + second.tasks();
+    Tasks tasks(all);
+    parallel(int(std::min<Int>(threads, std::max<Int>(all, 1))), [&](int) {
+        auto work_first = first.worker();
+        auto work_second = second.worker();
+        tasks.take([&](Int task) {
+            const Int before = task * firsts / all;  // firsts among the tasks before this one
+            (task + 1) * firsts / all > before ? work_first(before) : work_second(task - before);
+        });
+    });
+}
+
+// Calls use(product) with dvalues from x and dy.
+template <class T, class I, class F>
+void with_value_gradient(int threads, const Geometry& geometry, const std::int64_t* starts, const I* columns, const T* x, const T* dy,
+                         T* dvalues, F&& use) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
@@ -399,7 +446,7 @@ void value_gradient(int threads, const Geometry& geometry, const std::int64_t* s
         correlate_rows<A, N>(program.steps.get(), program.of(0, p), places.data() + program.bin(0, p, 0), first, last, packed,
                              plan.stride() * N, gradients, sums);
     };
-    correlate(plan, threads, starts, 1, x, dy, dvalues, add);
+    use(Correlate<T, N, decltype(add)>(plan, threads, starts, 1, x, dy, dvalues, add));
 }
 
 }  // namespace conv

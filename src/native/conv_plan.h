@@ -28,7 +28,6 @@ constexpr Int level2_bytes = 512 << 10;
 constexpr Int widest = 48;  // tile; wider ones would leave no room for rows
 
 inline Int round_up(Int n, Int multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline Int divide_up(Int n, Int by) { return (n + by - 1) / by; }
 inline Int floor_divide(Int n, Int by) { return n >= 0 ? n / by : -((by - 1 - n) / by); }
 
 // One spatial axis of a product. Step q computes the destinations target_step * q + phase, one per phase; tap i gives its phase

@@ -44,9 +44,9 @@ void run_unit_spmm(int dtype, bool index64, int threads, Int outputs, Int inputs
                    Int batch, Address starts, Address columns, Address values, Address x, Int x_batch, Int x_feature, Address bias,
                    Address y, Int y_batch, Int y_feature);
 
-void run_unit_sddmm(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, Int batch,
-                    Address starts, Address columns, Address x, Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature,
-                    Address dvalues);
+void run_unit_backward(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, Int batch,
+                       Address starts, Address columns, Address values, Address x, Int x_batch, Int x_feature, Address dy, Int dy_batch,
+                       Int dy_feature, Address dx, Int dx_batch, Int dx_feature, Address dvalues);
 
 void run_conv_forward(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address values,
                       Address x, Address bias, Address y);
@@ -54,8 +54,9 @@ void run_conv_forward(int dtype, bool index64, int threads, const Geometry& geom
 void run_conv_input_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Address t_starts, Address t_rows,
                              Address order, Address values, Address dy, Address dx);
 
-void run_conv_value_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address x,
-                             Address dy, Address dvalues);
+void run_conv_backward(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns,
+                       Address t_starts, Address t_rows, Address order, Address values, Address x, Address dy, Address dx,
+                       Address dvalues);
 
 void run_unit_conv_forward(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count, Address starts,
                            Address columns, Address values, Address x, Address bias, Address y);
@@ -63,8 +64,8 @@ void run_unit_conv_forward(int dtype, bool index64, int threads, const Geometry&
 void run_unit_conv_input_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count,
                                   Address starts, Address columns, Address values, Address dy, Address dx);
 
-void run_unit_conv_value_gradient(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count,
-                                  Address starts, Address columns, Address x, Address dy, Address dvalues);
+void run_unit_conv_backward(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count, Address starts,
+                            Address columns, Address values, Address x, Address dy, Address dx, Address dvalues);
 
 }  // namespace REGROW_ISA
 }  // namespace regrow

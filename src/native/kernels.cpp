@@ -19,14 +19,16 @@ void run_spmm(int dtype, bool index64, int threads, Int rows, Int cols, Int batc
     });
 }
 
-void run_sddmm(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns, Address x,
-               Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature, Address dvalues) {
+void run_backward(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns, Address t_starts,
+                  Address t_rows, Address order, Address values, Address x, Int x_batch, Int x_feature, Address dy, Int dy_batch,
+                  Int dy_feature, Address dx, Int dx_batch, Int dx_feature, Address dvalues) {
     with_types(dtype, index64, [&](auto t, auto i) {
         using T = decltype(t);
         using I = decltype(i);
         const Sparse<T, I> w{rows, cols, at<const Int>(starts), at<const I>(columns), nullptr, at<T>(dvalues)};
-        sddmm(threads, w, batch, Activations<const T>{at<const T>(x), x_batch, x_feature},
-              Activations<const T>{at<const T>(dy), dy_batch, dy_feature});
+        const Sparse<const T, I> back{cols, rows, at<const Int>(t_starts), at<const I>(t_rows), at<const I>(order), at<const T>(values)};
+        backward(threads, w, dx ? &back : nullptr, batch, Activations<const T>{at<const T>(x), x_batch, x_feature},
+                 Activations<const T>{at<const T>(dy), dy_batch, dy_feature}, Activations<T>{at<T>(dx), dx_batch, dx_feature});
     });
 }
 
@@ -51,10 +53,10 @@ void run_transpose_index(bool index64, Int rows, Int cols, Address starts, Addre
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {run_spmm, run_sddmm, run_transpose, run_transpose_index,
-                         run_conv_forward, run_conv_input_gradient, run_conv_value_gradient,
-                         run_unit_spmm, run_unit_sddmm,
-                         run_unit_conv_forward, run_unit_conv_input_gradient, run_unit_conv_value_gradient};
+const Kernels kernels = {run_spmm, run_backward, run_transpose, run_transpose_index,
+                         run_conv_forward, run_conv_input_gradient, run_conv_backward,
+                         run_unit_spmm, run_unit_backward,
+                         run_unit_conv_forward, run_unit_conv_input_gradient, run_unit_conv_backward};
 
 }  // namespace REGROW_ISA
 }  // namespace regrow

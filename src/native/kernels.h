@@ -30,8 +30,10 @@ struct Geometry {
 struct Kernels {
     void (*spmm)(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns, Address order,
                  Address values, Address x, Int x_batch, Int x_feature, Address bias, Address y, Int y_batch, Int y_feature);
-    void (*sddmm)(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns, Address x,
-                  Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature, Address dvalues);
+    // Backward products give dvalues, and where dx is not null that too.
+    void (*backward)(int dtype, bool index64, int threads, Int rows, Int cols, Int batch, Address starts, Address columns,
+                     Address t_starts, Address t_rows, Address order, Address values, Address x, Int x_batch, Int x_feature, Address dy,
+                     Int dy_batch, Int dy_feature, Address dx, Int dx_batch, Int dx_feature, Address dvalues);
     void (*transpose)(int dtype, int threads, Int rows, Int cols, Address source, Int source_ld, Address target, Int target_ld);
     void (*transpose_index)(bool index64, Int rows, Int cols, Address starts, Address columns, Address t_starts, Address t_rows,
                             Address order);
@@ -39,22 +41,23 @@ struct Kernels {
                          Address x, Address bias, Address y);
     void (*conv_input_gradient)(int dtype, bool index64, int threads, const Geometry& geometry, Address t_starts, Address t_rows,
                                 Address order, Address values, Address dy, Address dx);
-    void (*conv_value_gradient)(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns, Address x,
-                                Address dy, Address dvalues);
+    void (*conv_backward)(int dtype, bool index64, int threads, const Geometry& geometry, Address starts, Address columns,
+                          Address t_starts, Address t_rows, Address order, Address values, Address x, Address dy, Address dx,
+                          Address dvalues);
     // Of rows x cols units of `outputs` x `inputs`, `count` are active.
     void (*unit_spmm)(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, bool transposed,
                       Int batch, Address starts, Address columns, Address values, Address x, Int x_batch, Int x_feature, Address bias,
                       Address y, Int y_batch, Int y_feature);
-    void (*unit_sddmm)(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, Int batch,
-                       Address starts, Address columns, Address x, Int x_batch, Int x_feature, Address dy, Int dy_batch, Int dy_feature,
-                       Address dvalues);
+    void (*unit_backward)(int dtype, bool index64, int threads, Int outputs, Int inputs, Int rows, Int cols, Int count, Int batch,
+                          Address starts, Address columns, Address values, Address x, Int x_batch, Int x_feature, Address dy,
+                          Int dy_batch, Int dy_feature, Address dx, Int dx_batch, Int dx_feature, Address dvalues);
     // Of units of `outputs` filters x one tap of one channel; no unit spans two groups.
     void (*unit_conv_forward)(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count, Address starts,
                               Address columns, Address values, Address x, Address bias, Address y);
     void (*unit_conv_input_gradient)(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count,
                                      Address starts, Address columns, Address values, Address dy, Address dx);
-    void (*unit_conv_value_gradient)(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count,
-                                     Address starts, Address columns, Address x, Address dy, Address dvalues);
+    void (*unit_conv_backward)(int dtype, bool index64, int threads, const Geometry& geometry, Int outputs, Int count, Address starts,
+                               Address columns, Address values, Address x, Address dy, Address dx, Address dvalues);
 };
 
 }  // namespace regrow

@@ -29,7 +29,9 @@ struct Activations {
 constexpr Int l2_bytes = Int(1) << 19;     // of the second-level cache, what a panel of packed activations may take
 constexpr Int group_bytes = Int(1) << 23;  // packed activations held at a time, at least one tile
 constexpr Int block_rows = 256;            // rows that walk the panels together: their sums stay in the second-level cache
+constexpr Int packed_features = 2048;      // that a thread brings into a tile at a time
 constexpr Int row_cost = 8;                // work of a row beside that of its entries, in entries
+constexpr Int most_few = 8;                // batch elements for which packing is not worth while
 constexpr Int inline_work = 10000;         // multiplications below which a second thread costs more than it brings
 
 // Features first..last of batch elements b0..b0 + count as rows of `width` sums, whatever the layout of x:
@@ -234,61 +236,52 @@ void with_width(Int batch, F&& f) {
     f(std::integral_constant<int, NV>());
 }
 
-// The activations that a product reads, cut into tiles of `width` batch elements and packed, a group of tiles at a time. One tile
-// that lies in memory as packing would leave it is used where it is.
+// How many tiles of so many bytes are held packed at a time.
+inline Int tiles_in_group(Int tiles, Int bytes) { return std::max<Int>(1, std::min(tiles, group_bytes / std::max<Int>(1, bytes))); }
+
+// Into how many ranges of at most `most` rows threads deal out a weight, so that a thread that is held up leaves most to others.
+inline Int pieces_of(Int rows, Int most, int threads) {
+    return threads == 1 ? 1 : std::min(rows, std::max<Int>(divide_up(rows, most), 4 * threads));
+}
+
+// The activations that a product reads, cut into tiles of `width` batch elements, some of which are packed side by side at a time.
+// One tile that lies in memory as packing would leave it is used where it is.
 template <class T, int width>
 class Tiles {
 public:
     using A = Sum<T>;
-    const Int count, group;
+    const Int count;
 
     Tiles(Activations<const T> x, Int features, Int batch)
-        : count((batch + width - 1) / width),
-          group(std::max<Int>(1, std::min<Int>(count, group_bytes / (features * width * Int(sizeof(A)) + 1)))), x(x),
-          features(features), batch(batch) {
-        if (std::is_same<T, A>::value && x.batch == 1 && x.feature == width && batch == width) {
-            packed = const_cast<A*>(reinterpret_cast<const A*>(x.data));
-            in_place = true;
-        } else {
-            packed = static_cast<A*>(scratch(SHARED, std::size_t(group * features * width) * sizeof(A)));
-        }
-    }
+        : count(divide_up(batch, width)), x(x), features(features), batch(batch),
+          in_place(std::is_same<T, A>::value && x.batch == 1 && x.feature == width && batch == width) {}
     Int first(Int tile) const { return tile * width; }
     Int size(Int tile) const { return std::min<Int>(width, batch - tile * width); }
-    // Valid for the tiles packed last.
-    const A* operator[](Int tile) const { return packed + tile % group * features * width; }
-    void pack_group(int threads, Int tile0, Int tile1) {
-        if (in_place) return;
-        parallel(threads, [&](int part) {
-            const Int begin = features * part / threads, end = features * (part + 1) / threads;
-            for (Int tile = tile0; tile < tile1; ++tile) {
-                pack<width>(x, batch, first(tile), size(tile), begin, end, packed + (tile % group * features + begin) * width);
-            }
-        });
+    // Of a packed tile.
+    Int elements() const { return features * width; }
+    Int bytes() const { return elements() * Int(sizeof(A)); }
+    // Where `tiles` of them are packed: memory of this thread.
+    A* memory(Slot slot, Int tiles) const {
+        if (in_place) return const_cast<A*>(reinterpret_cast<const A*>(x.data));
+        return static_cast<A*>(scratch(slot, std::size_t(std::max<Int>(1, tiles * bytes()))));
+    }
+    // Packing goes in so many parts, of which this does one.
+    Int parts(Int tiles) const { return in_place ? 0 : tiles * chunks(); }
+    void pack(Int tile0, Int part, A* packed) const {
+        const Int tile = part / chunks(), begin = part % chunks() * packed_features;
+        const Int end = std::min(features, begin + packed_features);
+        A* target = packed + tile * elements() + begin * width;
+        regrow::REGROW_ISA::pack<width>(x, batch, first(tile0 + tile), size(tile0 + tile), begin, end, target);
     }
     static constexpr Int panel = l2_bytes / (width * Int(sizeof(A)));  // features
 
 private:
-    Activations<const T> x;
-    Int features, batch;
-    A* packed;
-    bool in_place = false;
-};
+    const Activations<const T> x;
+    const Int features, batch;
+    const bool in_place;
 
-// Calls f(r0, r1, tile0, tile1) for blocks of rows and groups of packed tiles, rows dealt out to threads.
-template <class T, int width, class F>
-void for_blocks(int threads, const Int* starts, Int rows, Tiles<T, width>& tiles, F&& f) {
-    for (Int tile0 = 0; tile0 < tiles.count; tile0 += tiles.group) {
-        const Int tile1 = std::min(tiles.count, tile0 + tiles.group);
-        tiles.pack_group(threads, tile0, tile1);
-        parallel(threads, [&](int part) {
-            const Int last = cut(starts, rows, threads, part + 1);
-            for (Int r0 = cut(starts, rows, threads, part); r0 < last; r0 += block_rows) {
-                f(r0, std::min(last, r0 + block_rows), tile0, tile1);
-            }
-        });
-    }
-}
+    Int chunks() const { return divide_up(features, packed_features); }
+};
 
 // A few activations only: memory for values and columns is the limit. N activations of a feature are side by side, and four
 // entries are summed at a time.
@@ -320,13 +313,47 @@ void multiply_few(const Sparse<const T, I>& w, Int first, Int last, Int batch, c
 template <int N, class T, class I>
 void spmm_few(int threads, const Sparse<const T, I>& w, Int batch, Activations<const T> x, const T* bias, Activations<T> y) {
     using A = Sum<T>;
-    A* packed = static_cast<A*>(scratch(SHARED, std::size_t(w.cols) * N * sizeof(A)));
+    A* packed = static_cast<A*>(scratch(INPUTS, std::size_t(w.cols) * N * sizeof(A)));
     for (Int c = 0; c < w.cols; ++c) {
         for (Int b = 0; b < N; ++b) packed[c * N + b] = b < batch ? widen(x.data[b * x.batch + c * x.feature]) : A(0);
     }
-    parallel(threads, [&](int part) {
-        multiply_few<N>(w, cut(w.starts, w.rows, threads, part), cut(w.starts, w.rows, threads, part + 1), batch, packed, bias, y);
+    const int pieces = int(pieces_of(w.rows, w.rows, threads));
+    Tasks rows(pieces);
+    parallel(threads, [&](int) {
+        rows.take([&](Int piece) {
+            const Int first = cut(w.starts, w.rows, pieces, int(piece)), last = cut(w.starts, w.rows, pieces, int(piece) + 1);
+            multiply_few<N>(w, first, last, batch, packed, bias, y);
+        });
     });
+}
+
+// Rows `piece` of `pieces` of y = x W^t + bias, in tiles tile0..tile1, which lie packed.
+template <int NV, class T, class I>
+void multiply_rows(const Sparse<const T, I>& w, const Tiles<T, NV * lanes<Sum<T>>>& x, const Sum<T>* packed, Int tile0, Int tile1,
+                   Int pieces, Int piece, Int batch, const T* bias, Activations<T> y) {
+    using A = Sum<T>;
+    constexpr int width = NV * lanes<A>;
+    const Int last = cut(w.starts, w.rows, int(pieces), int(piece) + 1);
+    A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(block_rows * width) * sizeof(A)));
+    for (Int r0 = cut(w.starts, w.rows, int(pieces), int(piece)); r0 < last; r0 += block_rows) {
+        const Int r1 = std::min(last, r0 + block_rows), begin = w.starts[r0], entries = w.starts[r1] - begin;
+        const A* values;
+        if (std::is_same<T, A>::value && !w.order) {
+            values = reinterpret_cast<const A*>(w.values) + begin;
+        } else {
+            A* gathered = static_cast<A*>(scratch(VALUES, std::size_t(entries) * sizeof(A)));
+            for (Int j = 0; j < entries; ++j) gathered[j] = widen(w.values[w.order ? Int(w.order[begin + j]) : begin + j]);
+            values = gathered;
+        }
+        for (Int tile = tile0; tile < tile1; ++tile) {
+            for (Int r = r0; r < r1; ++r) std::fill_n(sums + (r - r0) * width, width, bias ? widen(bias[r]) : A(0));
+            for_panels(w.starts, w.columns, values, r0, r1, w.cols, x.panel, [&](Int r, Int from, Int to) {
+                const A* activations = packed + (tile - tile0) * x.elements();
+                multiply_row<NV>(w.columns + from, values + (from - begin), to - from, activations, sums + (r - r0) * width);
+            });
+            unpack<width>(sums, r0, r1, y, batch, x.first(tile), x.size(tile));
+        }
+    }
 }
 
 // y = x W^t + bias.
@@ -337,39 +364,55 @@ void spmm(int threads, const Sparse<const T, I>& w, Int batch, Activations<const
     if (w.starts[w.rows] * batch < inline_work) threads = 1;
     if (batch == 1) return spmm_few<1>(threads, w, batch, x, bias, y);
     if (batch <= 4) return spmm_few<4>(threads, w, batch, x, bias, y);
-    if (batch <= 8) return spmm_few<8>(threads, w, batch, x, bias, y);
+    if (batch <= most_few) return spmm_few<8>(threads, w, batch, x, bias, y);
 
     with_width<A, accumulators / 2>(batch, [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value;
-        constexpr int width = NV * lanes<A>;
-        Tiles<T, width> tiles(x, w.cols, batch);
-        for_blocks(threads, w.starts, w.rows, tiles, [&](Int r0, Int r1, Int tile0, Int tile1) {
-            const Int begin = w.starts[r0], entries = w.starts[r1] - begin;
-            const A* values;
-            if (std::is_same<T, A>::value && !w.order) {
-                values = reinterpret_cast<const A*>(w.values) + begin;
-            } else {
-                A* gathered = static_cast<A*>(scratch(VALUES, std::size_t(entries) * sizeof(A)));
-                for (Int j = 0; j < entries; ++j) gathered[j] = widen(w.values[w.order ? Int(w.order[begin + j]) : begin + j]);
-                values = gathered;
-            }
-            A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(block_rows * width) * sizeof(A)));
-            for (Int tile = tile0; tile < tile1; ++tile) {
-                for (Int r = r0; r < r1; ++r) std::fill_n(sums + (r - r0) * width, width, bias ? widen(bias[r]) : A(0));
-                for_panels(w.starts, w.columns, values, r0, r1, w.cols, tiles.panel, [&](Int r, Int from, Int to) {
-                    multiply_row<NV>(w.columns + from, values + (from - begin), to - from, tiles[tile], sums + (r - r0) * width);
-                });
-                unpack<width>(sums, r0, r1, y, batch, tiles.first(tile), tiles.size(tile));
-            }
-        });
+        const Tiles<T, NV * lanes<A>> inputs(x, w.cols, batch);
+        const Int group = tiles_in_group(inputs.count, inputs.bytes()), pieces = pieces_of(w.rows, block_rows, threads);
+        A* packed = inputs.memory(INPUTS, group);
+        for (Int tile0 = 0, tile1; tile0 < inputs.count; tile0 = tile1) {
+            tile1 = std::min(inputs.count, tile0 + group);
+            Tasks packing(inputs.parts(tile1 - tile0)), rows(pieces);
+            parallel(threads, [&](int) {
+                packing.finish([&](Int part) { inputs.pack(tile0, part, packed); });
+                rows.take([&](Int piece) { multiply_rows<NV>(w, inputs, packed, tile0, tile1, pieces, piece, batch, bias, y); });
+            });
+        }
     });
 }
 
-// values of w = the entries of dy^t x in w's topology.
+// Rows `piece` of `pieces` of the sums of dy^t x at the entries of w, in tiles tile0..tile1, which lie packed.
+template <int NV, class T, class I>
+void sample_rows(const Sparse<T, I>& w, const Tiles<T, NV * lanes<Sum<T>>>& x, const Sum<T>* packed,
+                 const Tiles<T, NV * lanes<Sum<T>>>& dy, const Sum<T>* gradients, Int tile0, Int tile1, Int pieces, Int piece,
+                 Sum<T>* sums) {
+    constexpr int width = NV * lanes<Sum<T>>;
+    const Int last = cut(w.starts, w.rows, int(pieces), int(piece) + 1);
+    for (Int r0 = cut(w.starts, w.rows, int(pieces), int(piece)); r0 < last; r0 += block_rows) {
+        const Int r1 = std::min(last, r0 + block_rows);
+        for (Int tile = tile0; tile < tile1; ++tile) {
+            const Sum<T>*from_x = packed + (tile - tile0) * x.elements(), *from_dy = gradients + (tile - tile0) * dy.elements();
+            for_panels(w.starts, w.columns, sums + w.starts[r0], r0, r1, w.cols, x.panel, [&](Int r, Int from, Int to) {
+                dot_row<NV>(w.columns + from, to - from, from_x, from_dy + r * width, sums + from, tile == 0);
+            });
+        }
+        if (!std::is_same<T, Sum<T>>::value && tile1 == x.count) {
+            for (Int j = w.starts[r0]; j < w.starts[r1]; ++j) w.values[j] = narrow<T>(sums[j]);
+        }
+    }
+}
+
+// Values of w = the entries of dy^t x in its topology; and where there is `back`, the transposed weight, dx = dy back^t.
 template <class T, class I>
-void sddmm(int threads, const Sparse<T, I>& w, Int batch, Activations<const T> x, Activations<const T> dy) {
+void backward(int threads, const Sparse<T, I>& w, const Sparse<const T, I>* back, Int batch, Activations<const T> x,
+              Activations<const T> dy, Activations<T> dx) {
     using A = Sum<T>;
     const Int entries = w.starts[w.rows];
+    if (back && (batch <= most_few || entries == 0)) {
+        spmm<T, I>(threads, *back, batch, dy, nullptr, dx);
+        back = nullptr;
+    }
     if (entries == 0) return;
     if (batch == 0) {
         std::memset(w.values, 0, std::size_t(entries) * sizeof(T));
@@ -378,22 +421,28 @@ void sddmm(int threads, const Sparse<T, I>& w, Int batch, Activations<const T> x
     if (entries * batch < inline_work) threads = 1;
     with_width<A, accumulators / 2>(batch, [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value;
-        constexpr int width = NV * lanes<A>;
+        const Tiles<T, NV * lanes<A>> inputs(x, w.cols, batch), gradients(dy, w.rows, batch);
+        const Int group = tiles_in_group(inputs.count, inputs.bytes() + gradients.bytes());
+        A *packed_x = inputs.memory(INPUTS, group), *packed_dy = gradients.memory(GRADIENTS, group);
+        const Int pieces = pieces_of(w.rows, block_rows, threads), back_pieces = back ? pieces_of(w.cols, block_rows, threads) : 0;
         constexpr bool exact = std::is_same<T, A>::value;
-        Tiles<T, width> tiles(x, w.cols, batch);
-        A* sums = exact ? reinterpret_cast<A*>(w.values) : static_cast<A*>(scratch(VALUES, std::size_t(entries) * sizeof(A)));
-        for_blocks(threads, w.starts, w.rows, tiles, [&](Int r0, Int r1, Int tile0, Int tile1) {
-            A* gradients = static_cast<A*>(scratch(PRIVATE, std::size_t(block_rows * width) * sizeof(A)));
-            for (Int tile = tile0; tile < tile1; ++tile) {
-                pack<width>(dy, batch, tiles.first(tile), tiles.size(tile), r0, r1, gradients);
-                for_panels(w.starts, w.columns, sums + w.starts[r0], r0, r1, w.cols, tiles.panel, [&](Int r, Int from, Int to) {
-                    dot_row<NV>(w.columns + from, to - from, tiles[tile], gradients + (r - r0) * width, sums + from, tile == 0);
+        A* sums = exact ? reinterpret_cast<A*>(w.values) : static_cast<A*>(scratch(TOTALS, std::size_t(entries) * sizeof(A)));
+        for (Int tile0 = 0, tile1; tile0 < inputs.count; tile0 = tile1) {
+            tile1 = std::min(inputs.count, tile0 + group);
+            const Int parts = gradients.parts(tile1 - tile0);
+            Tasks packing(parts + inputs.parts(tile1 - tile0)), back_rows(back_pieces), rows(pieces);
+            parallel(threads, [&](int) {
+                packing.finish([&](Int part) {
+                    part < parts ? gradients.pack(tile0, part, packed_dy) : inputs.pack(tile0, part - parts, packed_x);
                 });
-            }
-            if (!exact && tile1 == tiles.count) {
-                for (Int j = w.starts[r0]; j < w.starts[r1]; ++j) w.values[j] = narrow<T>(sums[j]);
-            }
-        });
+                back_rows.take([&](Int piece) {
+                    multiply_rows<NV, T, I>(*back, gradients, packed_dy, tile0, tile1, back_pieces, piece, batch, nullptr, dx);
+                });
+                rows.take([&](Int piece) {
+                    sample_rows<NV>(w, inputs, packed_x, gradients, packed_dy, tile0, tile1, pieces, piece, sums);
+                });
+            });
+        }
     });
 }
 

@@ -70,17 +70,17 @@ NB_MODULE(_native, module) {
     const auto released = nb::call_guard<nb::gil_scoped_release>();
     module.def("isa", [chosen] { return std::string(chosen.name); });
     module.def("spmm", kernels.spmm, released);
-    module.def("sddmm", kernels.sddmm, released);
+    module.def("backward", kernels.backward, released);
     module.def("transpose", kernels.transpose, released);
     module.def("transpose_index", kernels.transpose_index, released);
     module.def("conv_forward", with_geometry(kernels.conv_forward), released);
     module.def("conv_input_gradient", with_geometry(kernels.conv_input_gradient), released);
-    module.def("conv_value_gradient", with_geometry(kernels.conv_value_gradient), released);
+    module.def("conv_backward", with_geometry(kernels.conv_backward), released);
     module.def("unit_spmm", kernels.unit_spmm, released);
-    module.def("unit_sddmm", kernels.unit_sddmm, released);
+    module.def("unit_backward", kernels.unit_backward, released);
     module.def("unit_conv_forward", with_geometry(kernels.unit_conv_forward), released);
     module.def("unit_conv_input_gradient", with_geometry(kernels.unit_conv_input_gradient), released);
-    module.def("unit_conv_value_gradient", with_geometry(kernels.unit_conv_value_gradient), released);
+    module.def("unit_conv_backward", with_geometry(kernels.unit_conv_backward), released);
 }
 
 }  // namespace regrow

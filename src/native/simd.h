@@ -12,6 +12,8 @@ namespace REGROW_ISA {
 
 using Int = std::int64_t;
 
+inline Int divide_up(Int n, Int by) { return (n + by - 1) / by; }
+
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
 #elif defined(__AVX__)

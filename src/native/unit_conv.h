@@ -173,7 +173,7 @@ void forward(int threads, const Geometry& geometry, const Units<const T, I>& w, 
     const int held = units::together(outputs, most_held);
     decltype(&gather<1, N, A>) inner = nullptr;
     units::with_held<most_held>(held, [&](auto H) { inner = gather<decltype(H)::value, N, A>; });
-    convolve(plan, threads, outputs, x, y, [&](Int p, Int, Int first, Int last, const A* packed, A* results) {
+    const auto run = [&](Int p, Int, Int first, Int last, const A* packed, A* results) {
         for (Int r = first / outputs; r < last / outputs; ++r) {
             const Int from = reads.begin(r, p), count = reads.begin(r, p + 1) - from;
             if (!count && !plan.panels[p].opens) continue;
@@ -182,7 +182,8 @@ void forward(int threads, const Geometry& geometry, const Units<const T, I>& w, 
                       start ? start + f : nullptr, plan.panels[p].opens, results + f * tile_size * N);
             }
         }
-    });
+    };
+    deal(threads, Convolve<T, N, decltype(run)>(plan, threads, outputs, x, y, run));
 }
 
 // Units by row and tap: the place of each channel's sums among the results, and its values.
@@ -220,8 +221,9 @@ struct Sends {
     }
 };
 
-template <class T, class I>
-void input_gradient(int threads, const Geometry& geometry, const Units<const T, I>& w, const T* dy, T* dx) {
+// Calls use(product) with dx from dy.
+template <class T, class I, class F>
+void with_input_gradient(int threads, const Geometry& geometry, const Units<const T, I>& w, const T* dy, T* dx, F&& use) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
@@ -233,7 +235,7 @@ void input_gradient(int threads, const Geometry& geometry, const Units<const T, 
     decltype(&scatter<1, N, A>) inner = nullptr;
     units::with_held<most_held>(held, [&](auto H) { inner = scatter<decltype(H)::value, N, A>; });
     const Int filter = plan.plane() * N;
-    convolve(plan, threads, 1, dy, dx, [&](Int p, Int sub, Int first, Int last, const A* packed, A* results) {
+    const auto run = [&](Int p, Int sub, Int first, Int last, const A* packed, A* results) {
         const Panel& panel = plan.panels[p];
         if (panel.opens) std::fill(results + first * tile_size * N, results + last * tile_size * N, A(0));
         const auto low = std::int32_t(first * tile_size * N), high = std::int32_t(last * tile_size * N);
@@ -252,11 +254,13 @@ void input_gradient(int threads, const Geometry& geometry, const Units<const T, 
                 }
             }
         }
-    });
+    };
+    use(Convolve<T, N, decltype(run)>(plan, threads, 1, dy, dx, run));
 }
 
-template <class T, class I>
-void value_gradient(int threads, const Geometry& geometry, const Units<T, I>& w, const T* x, const T* dy) {
+// Calls use(product) with the values of w from x and dy.
+template <class T, class I, class F>
+void with_value_gradient(int threads, const Geometry& geometry, const Units<T, I>& w, const T* x, const T* dy, F&& use) {
     using A = Sum<T>;
     constexpr int N = lanes<A>;
     const Geometry g = unrolled(geometry);
@@ -267,16 +271,16 @@ void value_gradient(int threads, const Geometry& geometry, const Units<T, I>& w,
     const int held = units::together(outputs, most);
     decltype(&dots<1, N, N, A>) inner = nullptr;
     units::with_held<most>(held, [&](auto H) { inner = dots<decltype(H)::value, sums_held / decltype(H)::value, N, A>; });
-    correlate(plan, threads, w.starts, outputs, x, dy, w.values,
-              [&](Int p, Int, Int first, Int last, const A* packed, const A* gradients, A* sums) {
-                  for (Int r = first / outputs; r < last / outputs; ++r) {
-                      const Int from = reads.begin(r, p), count = reads.begin(r, p + 1) - from;
-                      for (Int o = 0; count && o < outputs; o += held) {
-                          inner(reads.offsets.get() + from, 0, count, outputs, packed, plan.stride() * N,
-                                gradients + (r * outputs + o) * tile_size * N, sums + from * outputs + o);
-                      }
-                  }
-              });
+    const auto run = [&](Int p, Int, Int first, Int last, const A* packed, const A* gradients, A* sums) {
+        for (Int r = first / outputs; r < last / outputs; ++r) {
+            const Int from = reads.begin(r, p), count = reads.begin(r, p + 1) - from;
+            for (Int o = 0; count && o < outputs; o += held) {
+                inner(reads.offsets.get() + from, 0, count, outputs, packed, plan.stride() * N,
+                      gradients + (r * outputs + o) * tile_size * N, sums + from * outputs + o);
+            }
+        }
+    };
+    use(Correlate<T, N, decltype(run)>(plan, threads, w.starts, outputs, x, dy, w.values, run));
 }
 
 }  // namespace conv

@@ -73,14 +73,14 @@ void gather(const Units<I>& w, Int j0, Int j1, const A* values, const A* x, A* s
     for (int i = 0; i < H * NV; ++i) store<n>(sums + i * n, acc[i / NV][i % NV]);
 }
 
-// dx[inputs of units j0..j1][width] += H of their outputs times dy[0:H][width].
+// dx[inputs of units j0..j1][width] += H of their outputs times dy[0:H][width], which are `stride` apart.
 template <int H, int NV, bool thin, class A, class I>
-void scatter(const Units<I>& w, Int j0, Int j1, const A* values, const A* dy, A* dx) {
+void scatter(const Units<I>& w, Int j0, Int j1, const A* values, const A* dy, Int stride, A* dx) {
     constexpr int n = lanes<A>;
     const Int inputs = thin ? 1 : w.inputs, outputs = w.outputs;
     Vector<A> gradients[H][NV];
 #pragma GCC unroll 16
-    for (int i = 0; i < H * NV; ++i) gradients[i / NV][i % NV] = load<n>(dy + i * n);
+    for (int i = 0; i < H * NV; ++i) gradients[i / NV][i % NV] = load<n>(dy + i / NV * stride + i % NV * n);
     for (Int j = j0; j < j1; ++j) {
         ask<NV>(dx + Int(w.columns[std::min(j + ahead, w.last)]) * (inputs * NV * n));
         A* out = dx + Int(w.columns[j]) * (inputs * NV * n);

@@ -1,11 +1,11 @@
 // Products of a weight made of units with dense activations.
 //
 // Row r of units covers outputs r * outputs to (r + 1) * outputs. Its units are starts[r] .. starts[r + 1], their columns ascend.
-// Threads share out tiles of the batch first, and within a tile rows of units, or columns for the input gradient. Every sum is
-// taken in the same order however that is done, so results do not depend on the number of threads.
+// Threads take tiles of the batch first, and within a tile rows of units, or columns for the input gradient. Every sum is
+// taken in the same order whoever takes it, so results do not depend on the number of threads.
 #pragma once
 
-#include <numeric>
+#include <deque>
 
 #include "linear.h"
 #include "unit_loops.h"
@@ -79,60 +79,49 @@ const Sum<T>* summands(const Weight<const T, I>& w, Int r0, Int r1) {
     }
 }
 
-// What one thread does of a product at a time: the tiles tile0..tile1 of the batch, and of these the part `part` of `parts`.
-template <class A>
-struct Share {
-    Int tile0, tile1;
-    int part, parts;
-    const A* packed;  // of tile0, the next ones after it
-};
-
-// Packs activations in tiles of `width` batch elements, as many at a time as fit in group_bytes, and calls work(share) on every
-// thread for `step` of its tiles after the other. A thread that owns whole tiles packs them just before, so that they are in its
-// core's cache, and waits for nobody. `by_tiles` says whether threads may own tiles.
+// Calls work(tile0, tile1, packed, piece) for every run of `step` packed tiles and each of `pieces` of it. A thread packs a run just
+// before it goes through it, so that it is in its core's cache. When none is left it helps the others with theirs.
 template <int width, class T, class F>
-void for_shares(int threads, Activations<const T> x, Int features, Int batch, bool by_tiles, Int step, F&& work) {
-    using A = Sum<T>;
-    const Int size = features * width, tiles = (batch + width - 1) / width;
-    const Int fit = group_bytes / (size * Int(sizeof(A)) + 1), several = std::max<Int>(1, fit / threads * threads);
-    A* packed = static_cast<A*>(scratch(SHARED, std::size_t(std::min(tiles, several) * size) * sizeof(A)));
-    for (Int tile0 = 0; tile0 < tiles; tile0 += several) {
-        const Int count = std::min(several, tiles - tile0);
-        // Equal shares, whatever the numbers: as many teams as divide both, and the threads of a team divide the weight.
-        const int teams = by_tiles ? int(std::gcd(count, Int(threads))) : 1, parts = threads / teams;
-        const auto pack_tiles = [&](Int begin, Int end, int part, A* target) {
-            const Int first = features * part / parts, last = features * (part + 1) / parts;
-            for (Int tile = begin; tile < end; ++tile, target += size) {
-                pack<width>(x, batch, tile * width, std::min<Int>(width, batch - tile * width), first, last, target + first * width);
-            }
-        };
-        const auto run = [&](int thread, bool packs, bool works) __attribute__((noinline)) {  // large, and called in four places
-            const Int team = thread / parts, begin = count * team / teams, end = count * (team + 1) / teams;
-            const int part = thread % parts;
-            if (!works) return pack_tiles(tile0 + begin, tile0 + end, part, packed + begin * size);
-            for (Int first = begin; first < end; first += step) {
-                const Int last = std::min(end, first + step);
-                A* target = packed + (packs ? begin : first) * size;
-                if (packs) pack_tiles(tile0 + first, tile0 + last, part, target);
-                work(Share<A>{tile0 + first, tile0 + last, part, parts, target});
-            }
-        };
-        if (parts == 1) {
-            parallel(threads, [&](int thread) { run(thread, true, true); });
-        } else {
-            parallel(threads, [&](int thread) { run(thread, true, false); });
-            parallel(threads, [&](int thread) { run(thread, false, true); });
-        }
+void for_runs(int threads, const Tiles<T, width>& tiles, Int step, Int pieces, F&& work) {
+    struct Run {
+        Int tile0, tile1;
+        Tasks packing, rest;
+        std::atomic<Sum<T>*> packed{nullptr};
+
+        Run(Int tile0, Int tile1, Int parts, Int pieces) : tile0(tile0), tile1(tile1), packing(parts), rest(pieces) {}
+    };
+    std::deque<Run> runs;
+    for (Int tile0 = 0, tile1; tile0 < tiles.count; tile0 = tile1) {
+        tile1 = std::min(tiles.count, tile0 + step);
+        runs.emplace_back(tile0, tile1, tiles.parts(tile1 - tile0), pieces);
     }
+    std::atomic<std::size_t> next{0};
+    parallel(threads, [&](int) {
+        const auto go_through = [&](Run& run, Sum<T>* packed) {
+            run.packing.finish([&](Int part) { tiles.pack(run.tile0, part, packed); });
+            run.rest.take([&](Int piece) { work(run.tile0, run.tile1, packed, piece); });
+        };
+        Sum<T>* const memory = tiles.memory(INPUTS, step);
+        const Run* before = nullptr;
+        for (std::size_t r; (r = next.fetch_add(1)) < runs.size(); before = &runs[r]) {
+            if (before) before->rest.wait();  // whoever helps with it still reads this memory
+            runs[r].packed.store(memory, std::memory_order_release);
+            go_through(runs[r], memory);
+        }
+        for (Run& run : runs) {
+            until([&] { return run.packed.load(std::memory_order_acquire) != nullptr; });
+            go_through(run, run.packed);
+        }
+    });
 }
 
 // How many tiles each block of rows goes through. What is read anew is all of the weight for each run of tiles, or a tile for each
-// block of rows: where the weight is the smaller, one tile after the other.
+// block of rows: where the weight is the smaller, one tile after the other; else each thread's share of them, if it has room.
 template <int width, class T, class I>
-Int tiles_at_a_time(const Weight<T, I>& w, Int rows, Int batch) {
+Int tiles_at_a_time(const Weight<T, I>& w, Int rows, const Tiles<std::remove_const_t<T>, width>& tiles, int threads) {
     const Int weight_bytes = w.count() * (w.size() * Int(sizeof(T)) + Int(sizeof(I)));
-    const Int tile_bytes = w.col_features() * width * Int(sizeof(Sum<T>)), blocks = (w.rows + rows - 1) / rows;
-    return weight_bytes < blocks * tile_bytes ? 1 : (batch + width - 1) / width;
+    if (weight_bytes < divide_up(w.rows, rows) * tiles.bytes()) return 1;
+    return tiles_in_group(divide_up(tiles.count, threads), tiles.bytes() * threads);
 }
 
 // y = x W^t + bias.
@@ -148,31 +137,34 @@ void forward(int threads, const Weight<const T, I>& w, Int batch, Activations<co
         constexpr int h = decltype(H)::value;
         inner = w.inputs == 1 ? gather<h, NV, true, A, I> : gather<h, NV, false, A, I>;
     });
-    const Int step = tiles_at_a_time<width>(w, rows, batch);
-    for_shares<width>(threads, x, w.col_features(), batch, true, step, [&](const Share<A>& s) {
+    const Tiles<T, width> tiles(x, w.col_features(), batch);
+    const int pieces = int(pieces_of(w.rows, rows, threads));
+    const Int step = tiles_at_a_time<width>(w, rows, tiles, threads);
+    for_runs<width>(threads, tiles, step, pieces, [&](Int tile0, Int tile1, const A* packed, Int piece) {
         A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(rows * outputs * width) * sizeof(A)));
-        const Int begin = cut(w.starts, w.rows, s.parts, s.part), end = cut(w.starts, w.rows, s.parts, s.part + 1);
-        for (Int r0 = begin; r0 < end; r0 += rows) {
+        const Int end = cut(w.starts, w.rows, pieces, int(piece) + 1);
+        for (Int r0 = cut(w.starts, w.rows, pieces, int(piece)); r0 < end; r0 += rows) {
             const Int r1 = std::min(end, r0 + rows);
             const A* values = summands(w, r0, r1);
-            for (Int tile = s.tile0; tile < s.tile1; ++tile) {
-                const A* packed = s.packed + (tile - s.tile0) * w.col_features() * width;
+            for (Int tile = tile0; tile < tile1; ++tile) {
                 fill<width>(bias, r0 * outputs, r1 * outputs, sums);
                 for_segments(w, r0, r1, 0, w.cols, panel, [&](Int r, Int from, Int to) {
                     for (Int o = 0; o < outputs; o += held) {
                         const A* here = values + (from - w.starts[r0]) * w.size() + o;
-                        inner(units, from, to, here, packed, sums + ((r - r0) * outputs + o) * width);
+                        const A* activations = packed + (tile - tile0) * tiles.elements();
+                        inner(units, from, to, here, activations, sums + ((r - r0) * outputs + o) * width);
                     }
                 });
-                unpack<width>(sums, r0 * outputs, r1 * outputs, y, batch, tile * width, std::min<Int>(width, batch - tile * width));
+                unpack<width>(sums, r0 * outputs, r1 * outputs, y, batch, tiles.first(tile), tiles.size(tile));
             }
         }
     });
 }
 
-// dx = dy W + bias.
+// Columns `piece` of `pieces` of dx = dy W + bias, for `size` batch elements from b0 on, whose gradients are rows `stride` apart.
 template <int NV, class T, class I>
-void input_gradient(int threads, const Weight<const T, I>& w, Int batch, Activations<const T> dy, const T* bias, Activations<T> dx) {
+void columns_of_input_gradient(const Weight<const T, I>& w, const Sum<T>* dy, Int stride, Int batch, Int b0, Int size, Int pieces,
+                               Int piece, const T* bias, Activations<T> dx) {
     using A = Sum<T>;
     constexpr int width = NV * lanes<A>;
     const Units<I> units{w.columns, w.count() - 1, w.outputs, w.inputs};
@@ -183,58 +175,93 @@ void input_gradient(int threads, const Weight<const T, I>& w, Int batch, Activat
         constexpr int h = decltype(H)::value;
         inner = w.inputs == 1 ? scatter<h, NV, true, A, I> : scatter<h, NV, false, A, I>;
     });
-    for_shares<width>(threads, dy, w.row_features(), batch, true, 1, [&](const Share<A>& s) {
-        const Int c0 = w.cols * s.part / s.parts, c1 = w.cols * (s.part + 1) / s.parts, f0 = c0 * w.inputs, f1 = c1 * w.inputs;
-        // Of all columns, so that a column is its own place: pages of other threads' columns are never touched and cost nothing.
-        A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(w.col_features() * width) * sizeof(A)));
-        for (Int tile = s.tile0; tile < s.tile1; ++tile) {
-            const A* packed = s.packed + (tile - s.tile0) * w.row_features() * width;
-            fill<width>(bias, f0, f1, sums + f0 * width);
-            for (Int r0 = 0; r0 < w.rows; r0 += rows) {
-                const Int r1 = std::min(w.rows, r0 + rows);
-                const A* values = summands(w, r0, r1);
-                for_segments(w, r0, r1, c0, c1, panel, [&](Int r, Int from, Int to) {
-                    for (Int o = 0; o < outputs; o += held) {
-                        const A* here = values + (from - w.starts[r0]) * w.size() + o;
-                        inner(units, from, to, here, packed + (r * outputs + o) * width, sums);
-                    }
-                });
+    const Int c0 = w.cols * piece / pieces, c1 = w.cols * (piece + 1) / pieces, f0 = c0 * w.inputs, f1 = c1 * w.inputs;
+    // Of all columns, so that a column is its own place: pages of other threads' columns are never touched and cost nothing.
+    A* sums = static_cast<A*>(scratch(PRIVATE, std::size_t(w.col_features() * width) * sizeof(A)));
+    fill<width>(bias, f0, f1, sums + f0 * width);
+    for (Int r0 = 0; r0 < w.rows; r0 += rows) {
+        const Int r1 = std::min(w.rows, r0 + rows);
+        const A* values = summands(w, r0, r1);
+        for_segments(w, r0, r1, c0, c1, panel, [&](Int r, Int from, Int to) {
+            for (Int o = 0; o < outputs; o += held) {
+                const A* here = values + (from - w.starts[r0]) * w.size() + o;
+                inner(units, from, to, here, dy + (r * outputs + o) * stride, stride, sums);
             }
-            unpack<width>(sums + f0 * width, f0, f1, dx, batch, tile * width, std::min<Int>(width, batch - tile * width));
-        }
+        });
+    }
+    unpack<width>(sums + f0 * width, f0, f1, dx, batch, b0, size);
+}
+
+// dx = dy W + bias.
+template <int NV, class T, class I>
+void input_gradient(int threads, const Weight<const T, I>& w, Int batch, Activations<const T> dy, const T* bias, Activations<T> dx) {
+    constexpr int width = NV * lanes<Sum<T>>;
+    const Tiles<T, width> tiles(dy, w.row_features(), batch);
+    const Int pieces = divide_up(threads, tiles.count);
+    for_runs<width>(threads, tiles, 1, pieces, [&](Int tile, Int, const Sum<T>* packed, Int piece) {
+        columns_of_input_gradient<NV>(w, packed, width, batch, tiles.first(tile), tiles.size(tile), pieces, piece, bias, dx);
     });
 }
 
-// Values of w = the entries of dy^t x in w's units.
-template <int NV, class T, class I>
-void value_gradient(int threads, const Weight<T, I>& w, Int batch, Activations<const T> x, Activations<const T> dy) {
+// Values of w = the entries of dy^t x in its units; and where there is `back`, the weight, dx = dy back in tiles of BV vectors.
+template <int NV, int BV, class T, class I>
+void backward(int threads, const Weight<T, I>& w, const Weight<const T, I>* back, Int batch, Activations<const T> x,
+              Activations<const T> dy, Activations<T> dx) {
     using A = Sum<T>;
     constexpr int width = NV * lanes<A>;
+    constexpr Int back_width = BV * lanes<A>;
     constexpr bool exact = std::is_same<T, A>::value;
     const Units<I> units{w.columns, w.count() - 1, w.outputs, w.inputs};
     const Int rows = rows_of_block(w), outputs = w.outputs, size = w.size(), panel = cols_of_panel<width>(w, 2 * reach);
     const int held = together(outputs, lanes<A>);
     decltype(&dots<1, NV, A, I>) inner = nullptr;
     with_held<lanes<A>>(held, [&](auto H) { inner = dots<decltype(H)::value, NV, A, I>; });
-    A* sums = exact ? reinterpret_cast<A*>(w.values) : static_cast<A*>(scratch(VALUES, std::size_t(w.count() * size) * sizeof(A)));
-    for_shares<width>(threads, x, w.col_features(), batch, false, tiles_at_a_time<width>(w, rows, batch), [&](const Share<A>& s) {
-        A* gradients = static_cast<A*>(scratch(PRIVATE, std::size_t(rows * outputs * width) * sizeof(A)));
-        const Int end = cut(w.starts, w.rows, s.parts, s.part + 1);
-        for (Int r0 = cut(w.starts, w.rows, s.parts, s.part); r0 < end; r0 += rows) {
-            const Int r1 = std::min(end, r0 + rows);
-            for (Int tile = s.tile0; tile < s.tile1; ++tile) {
-                const A* packed = s.packed + (tile - s.tile0) * w.col_features() * width;
-                const Int count = std::min<Int>(width, batch - tile * width);
-                pack<width>(dy, batch, tile * width, count, r0 * outputs, r1 * outputs, gradients);
-                for_segments(w, r0, r1, 0, w.cols, panel, [&](Int r, Int from, Int to) {
-                    for (Int o = 0; o < outputs; o += held) {
-                        inner(units, from, to, packed, gradients + ((r - r0) * outputs + o) * width, sums + o, tile == 0);
+    A* sums = exact ? reinterpret_cast<A*>(w.values) : static_cast<A*>(scratch(TOTALS, std::size_t(w.count() * size) * sizeof(A)));
+
+    const Tiles<T, width> inputs(x, w.col_features(), batch), gradients(dy, w.row_features(), batch);
+    const Int count = inputs.count, held_tiles = std::min<Int>(2, count);  // one is packed while another is gone through
+    A *packed_x = inputs.memory(INPUTS, held_tiles), *packed_dy = gradients.memory(GRADIENTS, held_tiles);
+    const int pieces = int(pieces_of(w.rows, rows, threads));
+    const Int back_pieces = divide_up(2 * threads, divide_up(batch, back_width)), parts = gradients.parts(1);
+
+    struct Stages {
+        Tasks packing, columns, rows;
+        Stages(Int packing, Int columns, Int rows) : packing(packing), columns(columns), rows(rows) {}
+    };
+    std::deque<Stages> stages;
+    for (Int tile = 0; tile < count; ++tile) {
+        const Int shares = back ? divide_up(inputs.size(tile), back_width) : 0;
+        stages.emplace_back(parts + inputs.parts(1), shares * back_pieces, pieces);
+    }
+    parallel(threads, [&](int) {
+        for (Int tile = 0; tile < count; ++tile) {
+            Stages& now = stages[std::size_t(tile)];
+            A *tile_x = packed_x + tile % 2 * inputs.elements(), *tile_dy = packed_dy + tile % 2 * gradients.elements();
+            if (tile > 1) stages[std::size_t(tile - 2)].columns.wait();
+            now.packing.finish([&](Int part) {
+                part < parts ? gradients.pack(tile, part, tile_dy) : inputs.pack(tile, part - parts, tile_x);
+            });
+            now.columns.take([&](Int task) {
+                const Int b0 = task / back_pieces * back_width;
+                columns_of_input_gradient<BV, T, I>(*back, tile_dy + b0, width, batch, inputs.first(tile) + b0,
+                                                    std::min(back_width, inputs.size(tile) - b0), back_pieces, task % back_pieces,
+                                                    nullptr, dx);
+            });
+            if (tile > 0) stages[std::size_t(tile - 1)].rows.wait();  // what it adds comes first
+            now.rows.take([&](Int piece) {
+                const Int end = cut(w.starts, w.rows, pieces, int(piece) + 1);
+                for (Int r0 = cut(w.starts, w.rows, pieces, int(piece)); r0 < end; r0 += rows) {
+                    const Int r1 = std::min(end, r0 + rows);
+                    for_segments(w, r0, r1, 0, w.cols, panel, [&](Int r, Int from, Int to) {
+                        for (Int o = 0; o < outputs; o += held) {
+                            inner(units, from, to, tile_x, tile_dy + (r * outputs + o) * width, sums + o, tile == 0);
+                        }
+                    });
+                    if (!exact && tile + 1 == count) {
+                        for (Int i = w.starts[r0] * size; i < w.starts[r1] * size; ++i) w.values[i] = narrow<T>(sums[i]);
                     }
-                });
-            }
-            if (!exact && s.tile1 * width >= batch) {
-                for (Int i = w.starts[r0] * size; i < w.starts[r1] * size; ++i) w.values[i] = narrow<T>(sums[i]);
-            }
+                }
+            });
         }
     });
 }
@@ -279,19 +306,29 @@ void multiply_few(const Weight<const T, I>& w, Int r, Int o, Int batch, const Su
 template <int N, class T, class I>
 void forward_few(int threads, const Weight<const T, I>& w, Int batch, Activations<const T> x, const T* bias, Activations<T> y) {
     using A = Sum<T>;
-    A* packed = static_cast<A*>(scratch(SHARED, std::size_t(w.col_features() * N) * sizeof(A)));
+    A* packed = static_cast<A*>(scratch(INPUTS, std::size_t(w.col_features() * N) * sizeof(A)));
     for (Int f = 0; f < w.col_features(); ++f) {
         for (Int b = 0; b < N; ++b) packed[f * N + b] = b < batch ? widen(x.data[b * x.batch + f * x.feature]) : A(0);
     }
     const int held = together(w.outputs, 16);
     decltype(&multiply_few<1, N, T, I>) inner = nullptr;
     with_held<16>(held, [&](auto H) { inner = multiply_few<decltype(H)::value, N, T, I>; });
-    parallel(threads, [&](int part) {
-        const Int end = cut(w.starts, w.rows, threads, part + 1);
-        for (Int r = cut(w.starts, w.rows, threads, part); r < end; ++r) {
-            for (Int o = 0; o < w.outputs; o += held) inner(w, r, o, batch, packed, bias, y);
-        }
+    const int pieces = int(pieces_of(w.rows, w.rows, threads));
+    Tasks rows(pieces);
+    parallel(threads, [&](int) {
+        rows.take([&](Int piece) {
+            const Int end = cut(w.starts, w.rows, pieces, int(piece) + 1);
+            for (Int r = cut(w.starts, w.rows, pieces, int(piece)); r < end; ++r) {
+                for (Int o = 0; o < w.outputs; o += held) inner(w, r, o, batch, packed, bias, y);
+            }
+        });
     });
+}
+
+// Vectors in a tile of a product: more where units leave registers for them.
+template <class A, class T, class I>
+Int most_vectors(const Weight<T, I>& w) {
+    return std::min(4, accumulators / together(w.outputs, most_held<1>));
 }
 
 // y = x W^t + bias, or y = x W + bias when `transposed`.
@@ -303,22 +340,27 @@ void spmm(int threads, const Weight<const T, I>& w, bool transposed, Int batch, 
     if (w.count() * w.size() * batch < inline_work) threads = 1;
     if (!transposed && batch == 1) return forward_few<1>(threads, w, batch, x, bias, y);
     if (!transposed && batch <= 4) return forward_few<4>(threads, w, batch, x, bias, y);
-    // Wider tiles where units leave registers for them.
-    const int most = std::min(4, accumulators / together(w.outputs, most_held<1>));
-    with_width<A, 4>(std::min<Int>(batch, most * lanes<A>), [&](auto vectors) {
+    with_width<A, 4>(std::min<Int>(batch, most_vectors<A>(w) * lanes<A>), [&](auto vectors) {
         constexpr int NV = decltype(vectors)::value;
         transposed ? input_gradient<NV>(threads, w, batch, x, bias, y) : forward<NV>(threads, w, batch, x, bias, y);
     });
 }
 
+// Values of w = the entries of dy^t x in its units; and where there is `back`, the weight, dx = dy back.
 template <class T, class I>
-void sddmm(int threads, const Weight<T, I>& w, Int batch, Activations<const T> x, Activations<const T> dy) {
+void backward(int threads, const Weight<T, I>& w, const Weight<const T, I>* back, Int batch, Activations<const T> x,
+              Activations<const T> dy, Activations<T> dx) {
+    using A = Sum<T>;
     const Int entries = w.count() * w.size();
     if (batch == 0) std::memset(w.values, 0, std::size_t(entries) * sizeof(T));
+    if (back && entries == 0) spmm<T, I>(threads, *back, true, batch, dy, nullptr, dx);
     if (batch == 0 || entries == 0) return;
     if (entries * batch < inline_work) threads = 1;
-    with_width<Sum<T>, accumulators / 2>(batch, [&](auto vectors) {
-        value_gradient<decltype(vectors)::value>(threads, w, batch, x, dy);
+    with_width<A, accumulators / 2>(batch, [&](auto vectors) {
+        constexpr int NV = decltype(vectors)::value;
+        with_width<A, std::min(4, NV)>(std::min<Int>(batch, most_vectors<A>(w) * lanes<A>), [&](auto narrower) {
+            backward<NV, decltype(narrower)::value>(threads, w, back, batch, x, dy, dx);
+        });
     });
 }
 

@@ -100,6 +100,18 @@ def multiply(w: Weight, x: Tensor, bias: Tensor | None, y: Tensor, transposed: b
     )  # fmt: skip
 
 
+def sample(w: Weight, x: Tensor, dy: Tensor, dx: Tensor | None, threads: int = 2) -> Tensor:
+    """The gradient of values, and where dx is there that of the input to it."""
+    around = torch.full((len(w.values) + 2,), torch.nan, dtype=w.dtype)
+    native.backward(
+        DTYPES.index(w.dtype), w.index64, threads, w.rows, w.cols, len(x),
+        *pointers(w.starts, w.columns, w.t_starts, w.t_rows, w.order, w.values), x.data_ptr(), *x.stride(),
+        dy.data_ptr(), *dy.stride(), *((0, 0, 0) if dx is None else (dx.data_ptr(), *dx.stride())),
+        around[1:-1].data_ptr(),
+    )  # fmt: skip
+    return around[1:-1]
+
+
 def check_products(w: Weight, batch: int, x_major: bool, y_major: bool) -> None:
     """Forward, input gradient and value gradient of one weight, layouts as given."""
     x, dy = activations(batch, w.cols, w.dtype, x_major), activations(batch, w.rows, w.dtype, y_major)
@@ -114,13 +126,13 @@ def check_products(w: Weight, batch: int, x_major: bool, y_major: bool) -> None:
     multiply(w, dy, None, dx, transposed=True)
     checked(dx, dy.double() @ w.dense, dy.double().abs() @ w.dense.abs())
 
-    around = torch.full((len(w.values) + 2,), torch.nan, dtype=w.dtype)
-    native.sddmm(
-        DTYPES.index(w.dtype), w.index64, 2, w.rows, w.cols, batch, *pointers(w.starts, w.columns),
-        x.data_ptr(), *x.stride(), dy.data_ptr(), *dy.stride(), around[1:-1].data_ptr(),
-    )  # fmt: skip
     expected = (dy.double().t() @ x.double())[w.mask]
-    checked(around[1:-1], expected, (dy.double().abs().t() @ x.double().abs())[w.mask])
+    dvalues = sample(w, x, dy, None)
+    checked(dvalues, expected, (dy.double().abs().t() @ x.double().abs())[w.mask])
+
+    both = activations(batch, w.cols, w.dtype, x_major).fill_(0.5)
+    assert torch.equal(sample(w, x, dy, both), dvalues)
+    checked(both, dx.double(), torch.zeros(()))
 
 
 @pytest.mark.usefixtures("_isa")
@@ -173,10 +185,10 @@ def test_result_does_not_depend_on_threads(dtype: torch.dtype) -> None:
     for batch in (1, 6, 130):
         x, results = activations(batch, 400, dtype, False), []
         for threads in (1, 2, 3, 7):
-            y = activations(batch, 301, dtype, False)
+            y, dx = activations(batch, 301, dtype, False), activations(batch, 400, dtype, False)
             multiply(w, x, None, y, threads=threads)
-            results.append(y)
-        assert all(torch.equal(y, results[0]) for y in results)
+            results.append((y, sample(w, x, y, dx, threads), dx))
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.usefixtures("_isa")

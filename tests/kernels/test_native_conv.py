@@ -52,9 +52,11 @@ class Weight:
         self.call("conv_input_gradient", self.t_starts, self.t_rows, self.order, self.values, dy, dx, **options)
         return dx
 
-    def value_gradient(self, x: Tensor, dy: Tensor, **options: int) -> Tensor:
+    def value_gradient(self, x: Tensor, dy: Tensor, dx: Tensor | None = None, **options: int) -> Tensor:
+        """The gradient of values, and where dx is there that of the input to it."""
         dvalues = surrounded(self.values.shape, self.dtype)
-        self.call("conv_value_gradient", self.starts, self.columns, x, dy, dvalues, **options)
+        index = (self.starts, self.columns, self.t_starts, self.t_rows, self.order, self.values)
+        self.call("conv_backward", *index, x, dy, dx, dvalues, **options)
         return dvalues
 
 
@@ -83,8 +85,12 @@ def check_products(w: Weight, biased: bool, threads: int) -> None:
     dy = random_like(y)
     dx, dweight = geometry.gradients(dy.double(), x64, w.dense)
     dx_scale, dweight_scale = geometry.gradients(dy.double().abs(), x64.abs(), size)
-    check(w.input_gradient(dy, threads=threads), dx, dx_scale)
-    check(w.value_gradient(x, dy, threads=threads), dweight[w.mask], dweight_scale[w.mask])
+    found, dvalues = w.input_gradient(dy, threads=threads), w.value_gradient(x, dy, threads=threads)
+    check(found, dx, dx_scale)
+    check(dvalues, dweight[w.mask], dweight_scale[w.mask])
+    both = surrounded(x.shape, w.dtype)
+    assert torch.equal(w.value_gradient(x, dy, both, threads=threads), dvalues)
+    check(both, found.double(), torch.zeros(()))
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -131,10 +137,15 @@ def test_result_does_not_depend_on_threads(dtype: torch.dtype) -> None:
         w = Weight(geometry, 0.2, dtype, torch.int32)
         x = torch.randn(geometry.input_shape).to(dtype)
         y = w.forward(x, None)
-        results = [
-            (w.forward(x, None, threads=n), w.input_gradient(y, threads=n), w.value_gradient(x, y, threads=n))
-            for n in (1, 2, 3, 7)
-        ]
+        results = []
+        for n in (1, 2, 3, 7):
+            both = torch.empty_like(x)
+            found = (
+                w.forward(x, None, threads=n),
+                w.input_gradient(y, threads=n),
+                w.value_gradient(x, y, both, threads=n),
+            )
+            results.append((*found, both))
         assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 

@@ -68,7 +68,11 @@ class Weight:
         y, dx, dvalues = (within(torch.full_like(t, torch.nan), torch.nan) for t in (dy, x, self.values))
         self.call(native, "forward", threads, self.values, x, bias, y)
         self.call(native, "input_gradient", threads, self.values, dy, dx)
-        self.call(native, "value_gradient", threads, x, dy, dvalues)
+        self.call(native, "backward", threads, self.values, x, dy, None, dvalues)
+        both = tuple(within(torch.full_like(t, torch.nan), torch.nan) for t in (x, self.values))
+        self.call(native, "backward", threads, self.values, x, dy, *both)
+        check(both[0], dx.double(), torch.zeros(()))
+        check(both[1], dvalues.double(), torch.zeros(()))
         return y, dx, dvalues
 
 
@@ -142,7 +146,7 @@ def test_starts_that_lead_out_of_the_columns_are_refused(native: Any) -> None:
     for name, tensors in (
         ("forward", (w.values, x, None, dy)),
         ("input_gradient", (w.values, dy, x)),
-        ("value_gradient", (x, dy, w.values)),
+        ("backward", (w.values, x, dy, None, w.values)),
     ):
         with pytest.raises(
             ValueError, match="starts must run from 0 to the number of columns, 54, and run from 0 to 55"

@@ -72,9 +72,15 @@ def multiply(
     )  # fmt: skip
 
 
-def sample(native: Any, w: Weight, x: Tensor, dy: Tensor, out: Tensor, threads: int = 2) -> None:
-    pointers = (t.data_ptr() for t in (w.starts, w.columns, x))
-    native.unit_sddmm(*w.head(threads), len(x), *pointers, *x.stride(), dy.data_ptr(), *dy.stride(), out.data_ptr())
+def sample(
+    native: Any, w: Weight, x: Tensor, dy: Tensor, out: Tensor, dx: Tensor | None = None, threads: int = 2
+) -> None:
+    """The gradient of values, and where dx is there that of the input to it."""
+    pointers = (t.data_ptr() for t in (w.starts, w.columns, w.values, x))
+    at_dx = (0, 0, 0) if dx is None else (dx.data_ptr(), *dx.stride())
+    native.unit_backward(
+        *w.head(threads), len(x), *pointers, *x.stride(), dy.data_ptr(), *dy.stride(), *at_dx, out.data_ptr()
+    )  # fmt: skip
 
 
 def check_products(native: Any, w: Weight, batch: int, x_major: bool, y_major: bool, threads: int = 2) -> None:
@@ -89,9 +95,14 @@ def check_products(native: Any, w: Weight, batch: int, x_major: bool, y_major: b
         offset = torch.zeros(features, dtype=torch.float64) if bias is None else bias.double()
         scale = operand.double().abs() @ weight.abs() + offset.abs()
         check(y, operand.double() @ weight + offset, scale)
-    out = within(torch.full_like(w.values, torch.nan), torch.nan)
-    sample(native, w, x, dy, out, threads)
+    out, both = (within(torch.full_like(w.values, torch.nan), torch.nan) for _ in range(2))
+    sample(native, w, x, dy, out, threads=threads)
     check(out, w.at(wide_dy.t() @ wide_x), w.at(wide_dy.abs().t() @ wide_x.abs()))
+    alone, dx = (activations(batch, w.cols, w.dtype, x_major) for _ in range(2))
+    multiply(native, w, dy, None, alone, True, threads)
+    sample(native, w, x, dy, both, dx, threads)
+    check(dx, alone.double(), torch.zeros(()))
+    check(both, out.double(), torch.zeros(()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,11 +141,11 @@ def test_results_do_not_depend_on_threads(native: Any, unit: tuple[int, int], dt
         results = []
         for threads in (1, 2, 3, 5):
             y, dx = torch.empty(batch, w.rows, dtype=dtype), torch.empty(batch, w.cols, dtype=dtype)
-            dvalues = torch.empty_like(w.values)
+            both, dvalues = torch.empty_like(dx), torch.empty_like(w.values)
             multiply(native, w, x, None, y, threads=threads)
             multiply(native, w, dy, None, dx, transposed=True, threads=threads)
-            sample(native, w, x, dy, dvalues, threads=threads)
-            results.append((y, dx, dvalues))
+            sample(native, w, x, dy, dvalues, both, threads=threads)
+            results.append((y, dx, both, dvalues))
         for others in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 

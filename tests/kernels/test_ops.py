@@ -159,12 +159,59 @@ def test_operators_are_sound_for_compilers():
     torch.library.opcheck(ops._spmm, (x, values, bias, False, False, 0, *index))
     torch.library.opcheck(ops._spmm, (dy, values, None, True, True, 0, *index))
     torch.library.opcheck(ops._sddmm, (x, dy, index.nnz + 2, 0, *index))
+    torch.library.opcheck(ops._gradients, (x, dy, values, False, False, 0, *index))
     index = kernels.index(random_topology((4, 3, 2, 3), 0.4))
     values, x = leaf(index.nnz, dtype=torch.float32), leaf(2, 6, 4, 7, dtype=torch.float32)
     dy = leaf(2, 4, *GEOMETRY.output(4, 7), dtype=torch.float32)
     torch.library.opcheck(conv_ops.ENTRIES.forward, (x, values, None, GEOMETRY.ints, 0, *index))
     torch.library.opcheck(conv_ops.ENTRIES.input_gradient, (dy, values, GEOMETRY.ints, [2, 6, 4, 7], 0, *index))
     torch.library.opcheck(conv_ops.ENTRIES.value_gradient, (x, dy, GEOMETRY.ints, index.nnz, 0, *index))
+    torch.library.opcheck(conv_ops.ENTRIES.gradients, (x, dy, values, GEOMETRY.ints, 0, *index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("batch", [0, 1, 8, 9, 40, 300])
+def test_both_gradients_at_once_are_those_of_the_separate_operators(batch: int, transposed: bool, dtype: torch.dtype):
+    index = kernels.index(random_topology((50, 70), 0.2))
+    features, others = (50, 70) if transposed else (70, 50)
+    x, values = leaf(batch, features, dtype=dtype).detach(), leaf(index.nnz + 2, dtype=dtype).detach()
+    for dy in (leaf(batch, others, dtype=dtype).detach(), leaf(others, batch, dtype=dtype).detach().t()):
+        for feature_major in (False, True):
+            dx, dvalues = ops._gradients(x, dy, values, transposed, feature_major, 0, *index)
+            alone = ops._spmm(dy, values, None, not transposed, feature_major, 0, *index)
+            operands = (dy, x) if transposed else (x, dy)
+            assert torch.equal(dx, alone) and dx.stride() == alone.stride()
+            assert torch.equal(dvalues, ops._sddmm(*operands, index.nnz + 2, 0, *index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("images", [0, 1, 17, 40])
+def test_both_gradients_of_a_convolution_at_once_are_those_of_the_separate_operators(images: int, dtype: torch.dtype):
+    index, products = kernels.index(random_topology((4, 3, 2, 3), 0.4)), conv_ops.ENTRIES
+    x, values = leaf(images, 6, 9, 11, dtype=dtype).detach(), leaf(index.nnz + 2, dtype=dtype).detach()
+    dy = leaf(images, 4, *GEOMETRY.output(9, 11), dtype=dtype).detach()
+    dx, dvalues = products.gradients(x, dy, values, GEOMETRY.ints, 0, *index)
+    assert torch.equal(dx, products.input_gradient(dy, values, GEOMETRY.ints, list(x.shape), 0, *index))
+    assert torch.equal(dvalues, products.value_gradient(x, dy, GEOMETRY.ints, index.nnz + 2, 0, *index))
+
+
+@pytest.mark.parametrize("fixed", ["x", "values"])
+def test_a_gradient_that_nobody_asks_for_is_not_computed(fixed: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object) -> None:
+        raise AssertionError
+
+    index = kernels.index(random_topology((5, 7), 0.4))
+    operands = {"x": leaf(3, 7), "values": leaf(index.nnz)}
+    y = kernels.linear(
+        **{name: t.detach() if name == fixed else t for name, t in operands.items()}, bias=None, index=index
+    )
+    other = operands["x" if fixed == "values" else "values"]
+    for module in (native, reference):
+        monkeypatch.setattr(module, "backward", refuse)
+        monkeypatch.setattr(module, "sddmm" if fixed == "values" else "spmm", refuse)
+    (found,) = torch.autograd.grad(y.sum(), other)
+    assert found.isfinite().all()
 
 
 def test_layout_travels():

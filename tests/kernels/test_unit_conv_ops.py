@@ -118,6 +118,19 @@ def test_operators_are_sound_for_compilers():
     torch.library.opcheck(units.forward, (x, values, bias, GEOMETRY.ints, 0, *index))
     torch.library.opcheck(units.input_gradient, (dy, values, GEOMETRY.ints, list(x.shape), 0, *index))
     torch.library.opcheck(units.value_gradient, (x, dy, GEOMETRY.ints, index.units + 2, 0, *index))
+    torch.library.opcheck(units.gradients, (x, dy, values, GEOMETRY.ints, 0, *index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("images", [0, 1, 17, 40])
+def test_both_gradients_at_once_are_those_of_the_separate_operators(images: int, dtype: torch.dtype):
+    _, (x, values, _), topology = case(8, 0.3, images)
+    index, units = kernels.unit_index(topology), conv_ops.UNITS
+    x, values = (t.detach().to(dtype) for t in (x, values))
+    dy = leaf(images, index.rows, *GEOMETRY.output(*SIZE), dtype=dtype).detach()
+    dx, dvalues = units.gradients(x, dy, values, GEOMETRY.ints, 0, *index)
+    assert torch.equal(dx, units.input_gradient(dy, values, GEOMETRY.ints, list(x.shape), 0, *index))
+    assert torch.equal(dvalues, units.value_gradient(x, dy, GEOMETRY.ints, index.units + 2, 0, *index))
 
 
 def test_a_program_with_units_compiles_whole():
@@ -201,6 +214,10 @@ def test_what_would_read_or_write_out_of_bounds_is_refused():
     )
     refused(
         rf"the values are \({few}, 1, 8\), {count} units", lambda: units.value_gradient(x, dy, ints, few, 0, *index)
+    )
+    refused(
+        rf"the values are \({few}, 1, 8\), {count} units",
+        lambda: units.gradients(x, dy, values[:few], ints, 0, *index)[0],
     )
 
 

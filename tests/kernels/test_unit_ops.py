@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from regrow import Topology, kernels
 from regrow.kernels import Keeper, UnitIndex, layout, native, reference
-from regrow.kernels.unit_ops import unit_sddmm, unit_spmm
+from regrow.kernels.unit_ops import unit_gradients, unit_sddmm, unit_spmm
 from support.units import Unit, of_grid, unit_index
 
 UNITS = [Unit(8), Unit(2, 3), Unit(3, 2), Unit(4, 4), Unit(1, 4), Unit(16)]
@@ -121,6 +121,28 @@ def test_operators_are_sound_for_compilers():
     torch.library.opcheck(unit_spmm, (x, values, bias, False, False, 0, *index))
     torch.library.opcheck(unit_spmm, (dy, values, None, True, True, 0, *index))
     torch.library.opcheck(unit_sddmm, (x, dy, index.units + 2, 0, *index))
+    torch.library.opcheck(unit_gradients, (x, dy, values, False, False, 0, *index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("batch", [0, 1, 9, 40, 300])
+@pytest.mark.parametrize("unit", [Unit(8), Unit(2, 3)], ids=str)
+def test_both_gradients_at_once_are_those_of_the_separate_operators(
+    unit: Unit, batch: int, transposed: bool, dtype: torch.dtype
+):
+    index = unit_index(random_grid(0.2, 20, 30), unit)
+    features, others = (index.rows, index.cols) if transposed else (index.cols, index.rows)
+    x, values = (
+        t.detach().to(dtype) for t in (leaf(batch, features), leaf(index.units + 2, unit.inputs, unit.outputs))
+    )
+    for dy in (leaf(batch, others, dtype=dtype).detach(), leaf(others, batch, dtype=dtype).detach().t()):
+        for feature_major in (False, True):
+            dx, dvalues = unit_gradients(x, dy, values, transposed, feature_major, 0, *index)
+            alone = unit_spmm(dy, values, None, not transposed, feature_major, 0, *index)
+            operands = (dy, x) if transposed else (x, dy)
+            assert torch.equal(dx, alone) and dx.stride() == alone.stride()
+            assert torch.equal(dvalues, unit_sddmm(*operands, index.units + 2, 0, *index))
 
 
 def test_a_program_with_units_compiles_whole():
@@ -243,6 +265,15 @@ def test_gradients_that_would_read_or_write_out_of_bounds_are_refused():
     ):
         with pytest.raises(ValueError, match=match):
             unit_sddmm(*operands, capacity, 0, *index)
+    values = torch.zeros(8, 1, 8)
+    for match, (x_, dy_, values_) in (
+        (r"the output gradient has shape \(2, 32\), the weight takes \(3, 32\)", (x, dy[:2], values)),
+        (r"the input has shape \(3, 4\)", (x[:, 1:], dy, values)),
+        (r"the values are \(7, 1, 8\), 8 units", (x, dy, values[1:])),
+        ("got torch.float32 on cpu and torch.float64 on cpu", (x, dy, values.double())),
+    ):
+        with pytest.raises(ValueError, match=match):
+            unit_gradients(x_, dy_, values_, False, False, 0, *index)
 
 
 def test_what_does_not_fit_is_refused():

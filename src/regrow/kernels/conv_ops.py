@@ -47,6 +47,11 @@ class Convolutions:
         """(x, dy, geometry, capacity, keep, *index): the gradient of each value, zero beyond the active ones."""
         self.value_gradient.register_fake(self._value_shape)
         self.value_gradient.register_autograd(self._value_backward, setup_context=self._value_context)
+        operands = "Tensor x, Tensor dy, Tensor values, SymInt[] geometry, SymInt keep"
+        self.gradients = layout.operator(fields, f"{prefix}conv_backward", operands, "(Tensor, Tensor)")(self._both)
+        """(x, dy, values, geometry, keep, *index): both gradients."""
+        self.gradients.register_fake(self._both_shapes)
+        self.gradients.register_autograd(self._both_backward, setup_context=self._both_context)
 
     def _forward(
         self, x: Tensor, values: Tensor, bias: Tensor | None, geometry: list[int], keep: int, *at: Any
@@ -67,7 +72,7 @@ class Convolutions:
 
     def _forward_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, values, _, ctx.geometry, ctx.keep, *at = inputs
-        _save(ctx, x, values, at)
+        _save(ctx, (x, values), at)
 
     def _forward_backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, values, *tensors = ctx.saved_tensors
@@ -75,9 +80,11 @@ class Convolutions:
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
         dx = dvalues = None
         dy = grad.contiguous()
-        if need_x:
+        if need_x and need_values:
+            dx, dvalues = self.gradients(x, dy, values, ctx.geometry, ctx.keep, *at)
+        elif need_x:
             dx = self.input_gradient(dy, values, ctx.geometry, list(x.shape), ctx.keep, *at)
-        if need_values:
+        elif need_values:
             dvalues = self.value_gradient(x, dy, ctx.geometry, values.shape[0], ctx.keep, *at)
         return dx, dvalues, grad.sum((0, 2, 3)) if need_bias else None, None, None, *[None] * len(at)
 
@@ -96,7 +103,7 @@ class Convolutions:
 
     def _input_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         dy, values, ctx.geometry, _, ctx.keep, *at = inputs
-        _save(ctx, dy, values, at)
+        _save(ctx, (dy, values), at)
 
     def _input_backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dy, values, *tensors = ctx.saved_tensors
@@ -126,7 +133,7 @@ class Convolutions:
 
     def _value_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, dy, ctx.geometry, _, _, *at = inputs
-        _save(ctx, x, dy, at)
+        _save(ctx, (x, dy), at)
 
     def _value_backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, dy, *tensors = ctx.saved_tensors
@@ -136,11 +143,52 @@ class Convolutions:
         ddy = self.forward(x, grad, None, ctx.geometry, 0, *at) if need_dy else None
         return dx, ddy, None, None, None, *[None] * len(at)
 
+    def _both(
+        self, x: Tensor, dy: Tensor, values: Tensor, geometry: list[int], keep: int, *at: Any
+    ) -> tuple[Tensor, Tensor]:
+        index, shape = self.kind(*at), Geometry.from_ints(geometry)
+        if isinstance(index, UnitIndex):
+            _require(index, shape, x, values, dy)
+        dx, dvalues = self._both_shapes(x, dy, values, geometry, keep, *at)
+        dvalues[index.columns.numel() :] = 0
+        found = layout.kernels(x, dy, values, index.starts)
+        found.conv_backward(x.contiguous(), dy.contiguous(), values.contiguous(), index, shape, dx, dvalues)
+        activations.keep(keep, x, dy, shape)
+        return dx, dvalues
 
-def _save(ctx: Any, first: Tensor, second: Tensor, at: list[Any]) -> None:
-    """For the backward: two operands and the fields of an index, whose tensors stand before its sizes."""
+    def _both_shapes(
+        self, x: Tensor, dy: Tensor, values: Tensor, geometry: list[int], keep: int, *at: Any
+    ) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), values.new_empty(values.shape)
+
+    def _both_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, dy, values, ctx.geometry, ctx.keep, *at = inputs
+        ctx.set_materialize_grads(False)
+        _save(ctx, (x, dy, values), at)
+
+    def _both_backward(self, ctx: Any, to_dx: Tensor | None, to_dvalues: Tensor | None) -> tuple[Any, ...]:
+        x, dy, values, *tensors = ctx.saved_tensors
+        at = (*tensors, *ctx.sizes)
+        need_x, need_dy, need_values = ctx.needs_input_grad[:3]
+        from_dx = from_dvalues = to_x = to_values = None
+        if to_dx is not None:
+            to_dx = to_dx.contiguous()
+            if need_dy:
+                from_dx = self.forward(to_dx, values, None, ctx.geometry, ctx.keep, *at)
+            if need_values:
+                to_values = self.value_gradient(to_dx, dy, ctx.geometry, values.shape[0], ctx.keep, *at)
+        if to_dvalues is not None:
+            if need_dy:
+                from_dvalues = self.forward(x, to_dvalues, None, ctx.geometry, 0, *at)
+            if need_x:
+                to_x = self.input_gradient(dy, to_dvalues, ctx.geometry, list(x.shape), 0, *at)
+        return to_x, layout.total(from_dx, from_dvalues), to_values, None, None, *[None] * len(at)
+
+
+def _save(ctx: Any, operands: tuple[Tensor, ...], at: list[Any]) -> None:
+    """For the backward: operands and the fields of an index, whose tensors stand before its sizes."""
     ctx.sizes = [field for field in at if not isinstance(field, Tensor)]
-    ctx.save_for_backward(first, second, *at[: len(at) - len(ctx.sizes)])
+    ctx.save_for_backward(*operands, *at[: len(at) - len(ctx.sizes)])
 
 
 def _require(

@@ -16,7 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.kernels import gpu_programs, reference
 from regrow.kernels.reference import (
+    backward,
     conv,
+    conv_backward,
     conv_input_gradient,
     conv_value_gradient,
     sddmm,
@@ -26,12 +28,15 @@ from regrow.kernels.reference import (
 from regrow.kernels.units import UnitIndex
 
 __all__ = [
+    "backward",
     "conv",
+    "conv_backward",
     "conv_input_gradient",
     "conv_value_gradient",
     "sddmm",
     "spmm",
     "transpose_index",
+    "unit_backward",
     "unit_sddmm",
     "unit_spmm",
 ]
@@ -87,6 +92,14 @@ def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
     if not takes(x, index):
         return reference.unit_sddmm(x, dy, index, out)
     return _run(x, samples(x.t().contiguous(), dy.t().contiguous(), index, out))
+
+
+def unit_backward(
+    x: Tensor, dy: Tensor, values: Tensor, index: UnitIndex, transposed: bool, dx: Tensor, dvalues: Tensor
+) -> None:
+    """Both programs, one after the other."""
+    unit_spmm(dy, values, None, index, not transposed, dx)
+    unit_sddmm(*((dy, x) if transposed else (x, dy)), index, dvalues)
 
 
 def takes(x: Tensor, index: UnitIndex) -> bool:

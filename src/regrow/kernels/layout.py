@@ -91,6 +91,14 @@ def empty(x: Tensor, features: int, feature_major: bool) -> Tensor:
     return x.new_empty(features, batch).t() if feature_major else x.new_empty(batch, features)
 
 
-def operator(index: str, name: str, arguments: str) -> Callable[[Callable[..., object]], CustomOpDef]:
+def operator(
+    index: str, name: str, arguments: str, returns: str = "Tensor"
+) -> Callable[[Callable[..., object]], CustomOpDef]:
     """What declares the torch operator `name` of `arguments` and, after them, the fields of an `index`, as schemas."""
-    return torch.library.custom_op(f"regrow::{name}", mutates_args=(), schema=f"({arguments}, {index}) -> Tensor")
+    return torch.library.custom_op(f"regrow::{name}", mutates_args=(), schema=f"({arguments}, {index}) -> {returns}")
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """The sum of those terms that are there."""
+    there = [term for term in terms if term is not None]
+    return functools.reduce(torch.add, there) if there else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -90,8 +91,23 @@ def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, transpose
 
 def sddmm(x: Tensor, dy: Tensor, index: Index, out: Tensor) -> None:
     """out[j] = sum_b dy[b, row(j)] x[b, column(j)], j below nnz; x (batch, cols), dy (batch, rows)."""
+    _backward(x, dy, index, out, (0, 0, 0, 0), (0, 0, 0))
+
+
+def backward(
+    x: Tensor, dy: Tensor, values: Tensor, index: Index, transposed: bool, dx: Tensor, dvalues: Tensor
+) -> None:
+    """`spmm` of dy to dx and `sddmm` to dvalues: both gradients of y = x W^T, or of y = x W when `transposed`."""
+    if transposed:
+        spmm(dy, values, None, index, False, dx)
+        return sddmm(dy, x, index, dvalues)
+    back = [t.data_ptr() for t in (index.t_starts, index.t_rows, index.order, values)]
+    return _backward(x, dy, index, dvalues, back, (dx.data_ptr(), *dx.stride()))
+
+
+def _backward(x: Tensor, dy: Tensor, index: Index, dvalues: Tensor, back: Sequence[int], dx: tuple[int, ...]) -> None:
     assert _native is not None
-    _native.sddmm(
+    _native.backward(
         _DTYPES[x.dtype],
         _wide(index.columns),
         torch.get_num_threads(),
@@ -100,11 +116,13 @@ def sddmm(x: Tensor, dy: Tensor, index: Index, out: Tensor) -> None:
         x.shape[0],
         index.starts.data_ptr(),
         index.columns.data_ptr(),
+        *back,
         x.data_ptr(),
         *x.stride(),
         dy.data_ptr(),
         *dy.stride(),
-        out.data_ptr(),
+        *dx,
+        dvalues.data_ptr(),
     )
 
 
@@ -128,17 +146,33 @@ def unit_spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, 
 
 def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
     """out[j, k, g] = sum_b dy[b, row(j) + g] x[b, column(j) + k], j below the number of units."""
+    _unit_backward(x, dy, index, out, 0, (0, 0, 0))
+
+
+def unit_backward(
+    x: Tensor, dy: Tensor, values: Tensor, index: UnitIndex, transposed: bool, dx: Tensor, dvalues: Tensor
+) -> None:
+    """As `backward`, of values (units or more, inputs, outputs)."""
+    if transposed:
+        unit_spmm(dy, values, None, index, False, dx)
+        return unit_sddmm(dy, x, index, dvalues)
+    return _unit_backward(x, dy, index, dvalues, values.data_ptr(), (dx.data_ptr(), *dx.stride()))
+
+
+def _unit_backward(x: Tensor, dy: Tensor, index: UnitIndex, dvalues: Tensor, values: int, dx: tuple[int, ...]) -> None:
     assert _native is not None
-    _native.unit_sddmm(
+    _native.unit_backward(
         *_units(x, index),
         x.shape[0],
         index.starts.data_ptr(),
         index.columns.data_ptr(),
+        values,
         x.data_ptr(),
         *x.stride(),
         dy.data_ptr(),
         *dy.stride(),
-        out.data_ptr(),
+        *dx,
+        dvalues.data_ptr(),
     )
 
 
@@ -165,10 +199,37 @@ def conv_input_gradient(dy: Tensor, values: Tensor, index: Index | UnitIndex, ge
 
 def conv_value_gradient(x: Tensor, dy: Tensor, index: Index | UnitIndex, geometry: Geometry, out: Tensor) -> None:
     """out[j], j below nnz or units: the gradient of values, from x (N, C, H, W) and dy (N, O, HO, WO), contiguous."""
+    back = [0] if isinstance(index, UnitIndex) else [0, 0, 0, 0]
+    _conv_backward(x, dy, index, geometry, back, 0, out)
+
+
+def conv_backward(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    index: Index | UnitIndex,
+    geometry: Geometry,
+    dx: Tensor,
+    dvalues: Tensor,
+) -> None:
+    """`conv_input_gradient` to dx and `conv_value_gradient` to dvalues."""
+    needed = [values] if isinstance(index, UnitIndex) else [index.t_starts, index.t_rows, index.order, values]
+    _conv_backward(x, dy, index, geometry, [t.data_ptr() for t in needed], dx.data_ptr(), dvalues)
+
+
+def _conv_backward(
+    x: Tensor,
+    dy: Tensor,
+    index: Index | UnitIndex,
+    geometry: Geometry,
+    back: Sequence[int],
+    dx: int,
+    dvalues: Tensor,
+) -> None:
     assert _native is not None
-    run = _native.unit_conv_value_gradient if isinstance(index, UnitIndex) else _native.conv_value_gradient
-    data = [index.starts, index.columns, x, dy, out]
-    run(*_conv(x, index, geometry), *(t.data_ptr() for t in data))
+    run = _native.unit_conv_backward if isinstance(index, UnitIndex) else _native.conv_backward
+    at = (index.starts.data_ptr(), index.columns.data_ptr(), *back, x.data_ptr(), dy.data_ptr(), dx, dvalues.data_ptr())
+    run(*_conv(x, index, geometry), *at)
 
 
 def _conv(x: Tensor, index: Index | UnitIndex, geometry: Geometry) -> tuple[int, ...]:

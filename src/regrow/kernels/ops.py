@@ -220,11 +220,13 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, values, *at = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dx = dvalues = None
-    dy = layout.flat(grad)
-    if need_x:
-        # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
-        dx = _spmm(dy, values, None, not ctx.transposed, layout.is_feature_major(x), ctx.keep, *at)
-    if need_values:
+    # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
+    dy, feature_major = layout.flat(grad), layout.is_feature_major(x)
+    if need_x and need_values:
+        dx, dvalues = _gradients(x, dy, values, ctx.transposed, feature_major, ctx.keep, *at)
+    elif need_x:
+        dx = _spmm(dy, values, None, not ctx.transposed, feature_major, ctx.keep, *at)
+    elif need_values:
         inner, outer = (dy, x) if ctx.transposed else (x, dy)
         dvalues = _sddmm(inner, outer, values.shape[0], ctx.keep, *at)
     return dx, dvalues, grad.sum(0) if need_bias else None, *[None] * 8
@@ -262,3 +264,56 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_context)
+
+
+_OPERANDS = "Tensor x, Tensor dy, Tensor values, bool transposed, bool feature_major, SymInt keep"
+
+
+@_operator("spmm_backward", _OPERANDS, "(Tensor, Tensor)")
+def _gradients(
+    x: Tensor, dy: Tensor, values: Tensor, transposed: bool, feature_major: bool, keep: int, *at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of `_spmm`: that of x, `feature_major` or not, and that of the values, zero beyond nnz."""
+    index = Index(*at)
+    dx, dvalues = layout.empty(x, x.shape[1], feature_major), values.new_empty(values.shape)
+    dvalues[index.nnz :] = 0
+    found = layout.kernels(x, dy, values, index.starts)
+    found.backward(layout.flat(x), layout.flat(dy), values.contiguous(), index, transposed, dx, dvalues)
+    activations.keep(keep, *((dy, x) if transposed else (x, dy)))
+    return dx, dvalues
+
+
+@_gradients.register_fake
+def _(
+    x: Tensor, dy: Tensor, values: Tensor, transposed: bool, feature_major: bool, keep: int, *at: Tensor
+) -> tuple[Tensor, Tensor]:
+    return layout.empty(x, x.shape[1], feature_major), values.new_empty(values.shape)
+
+
+def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, dy, values, ctx.transposed, _, ctx.keep, *at = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, dy, values, *at)
+
+
+def _gradients_backward(ctx: Any, to_dx: Tensor | None, to_dvalues: Tensor | None) -> tuple[Any, ...]:
+    """`to_dx` meets dx = dy W, and `to_dvalues` the products that dvalues was sampled from."""
+    x, dy, values, *at = ctx.saved_tensors
+    need_x, need_dy, need_values = ctx.needs_input_grad[:3]
+    transposed, keep = ctx.transposed, ctx.keep
+    from_dx = from_dvalues = to_x = to_values = None
+    if to_dx is not None:
+        to_dx = layout.flat(to_dx)
+        if need_dy:
+            from_dx = _spmm(to_dx, values, None, transposed, layout.is_feature_major(dy), keep, *at)
+        if need_values:
+            to_values = _sddmm(*((dy, to_dx) if transposed else (to_dx, dy)), values.shape[0], keep, *at)
+    if to_dvalues is not None:
+        if need_dy:
+            from_dvalues = _spmm(x, to_dvalues, None, transposed, layout.is_feature_major(dy), 0, *at)
+        if need_x:
+            to_x = _spmm(dy, to_dvalues, None, not transposed, layout.is_feature_major(x), 0, *at)
+    return to_x, layout.total(from_dx, from_dvalues), to_values, *[None] * 8
+
+
+_gradients.register_autograd(_gradients_backward, setup_context=_gradients_context)

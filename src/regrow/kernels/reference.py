@@ -45,6 +45,14 @@ def sddmm(x: Tensor, dy: Tensor, index: Index, out: Tensor) -> None:
         out[part] = (dy_t[rows[part].long()] * x_t[index.columns[part].long()]).sum(1).to(out.dtype)
 
 
+def backward(
+    x: Tensor, dy: Tensor, values: Tensor, index: Index, transposed: bool, dx: Tensor, dvalues: Tensor
+) -> None:
+    """`spmm` of dy to dx and `sddmm` to dvalues: both gradients of y = x W^T, or of y = x W when `transposed`."""
+    spmm(dy, values, None, index, not transposed, dx)
+    sddmm(*((dy, x) if transposed else (x, dy)), index, dvalues)
+
+
 def unit_spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: UnitIndex, transposed: bool, out: Tensor) -> None:
     """As `spmm`, of values (units or more, inputs, outputs), for units of any size."""
     into, of = (index.columns, _rows(index)) if transposed else (_rows(index), index.columns)
@@ -66,6 +74,14 @@ def unit_sddmm(x: Tensor, dy: Tensor, index: UnitIndex, out: Tensor) -> None:
     for part in _parts(index.units, x.shape[0] * index.inputs * index.outputs):
         found = _multiply(x_t[columns[part].long()], dy_t[rows[part].long()].transpose(1, 2))
         out[part] = found.to(out.dtype)
+
+
+def unit_backward(
+    x: Tensor, dy: Tensor, values: Tensor, index: UnitIndex, transposed: bool, dx: Tensor, dvalues: Tensor
+) -> None:
+    """As `backward`, of values (units or more, inputs, outputs)."""
+    unit_spmm(dy, values, None, index, not transposed, dx)
+    unit_sddmm(*((dy, x) if transposed else (x, dy)), index, dvalues)
 
 
 def conv(
@@ -97,6 +113,20 @@ def conv_value_gradient(x: Tensor, dy: Tensor, index: Index | UnitIndex, geometr
         unit_sddmm(_patches(x, geometry), flat, grouped, out)
     else:
         sddmm(_patches(x, geometry), flat, grouped, out)
+
+
+def conv_backward(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    index: Index | UnitIndex,
+    geometry: Geometry,
+    dx: Tensor,
+    dvalues: Tensor,
+) -> None:
+    """`conv_input_gradient` to dx and `conv_value_gradient` to dvalues."""
+    conv_input_gradient(dy, values, index, geometry, dx)
+    conv_value_gradient(x, dy, index, geometry, dvalues)
 
 
 def _product(

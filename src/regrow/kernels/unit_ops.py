@@ -60,11 +60,13 @@ def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     at = (*tensors, *ctx.sizes)
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dx = dvalues = None
-    dy = layout.for_units(layout.flat(grad))
-    if need_x:
-        # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
-        dx = unit_spmm(dy, values, None, not ctx.transposed, layout.is_feature_major(x), ctx.keep, *at)
-    if need_values:
+    # In the layout of x, so that the operations below meet gradients laid out as their own outputs.
+    dy, feature_major = layout.for_units(layout.flat(grad)), layout.is_feature_major(x)
+    if need_x and need_values:
+        dx, dvalues = unit_gradients(x, dy, values, ctx.transposed, feature_major, ctx.keep, *at)
+    elif need_x:
+        dx = unit_spmm(dy, values, None, not ctx.transposed, feature_major, ctx.keep, *at)
+    elif need_values:
         inner, outer = (dy, x) if ctx.transposed else (x, dy)
         dvalues = unit_sddmm(inner, outer, values.shape[0], ctx.keep, *at)
     return dx, dvalues, grad.sum(0) if need_bias else None, *[None] * 8
@@ -115,6 +117,69 @@ def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 unit_sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_context)
+
+
+_OPERANDS = "Tensor x, Tensor dy, Tensor values, bool transposed, bool feature_major, SymInt keep"
+
+
+@_operator("unit_spmm_backward", _OPERANDS, "(Tensor, Tensor)")
+def unit_gradients(
+    x: Tensor, dy: Tensor, values: Tensor, transposed: bool, feature_major: bool, keep: int, *at: Any
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of `unit_spmm`: that of x, `feature_major` or not, and that of the values, zero beyond the units.
+
+    Raises:
+        ValueError: when sizes, types or devices do not fit each other.
+    """
+    index = UnitIndex(*at)
+    features, others = (index.rows, index.cols) if transposed else (index.cols, index.rows)
+    require_index(index)
+    require_alike(index, x, dy, values)
+    require_shape("the input", x, (x.shape[0], features))
+    require_shape("the output gradient", dy, (x.shape[0], others))
+    require_values(values, index)
+    dx, dvalues = layout.empty(x, features, feature_major), values.new_empty(values.shape)
+    dvalues[index.units :] = 0
+    found = layout.kernels(x, dy, values, index.starts)
+    found.unit_backward(layout.flat(x), layout.flat(dy), values.contiguous(), index, transposed, dx, dvalues)
+    activations.keep(keep, *((dy, x) if transposed else (x, dy)))
+    return dx, dvalues
+
+
+@unit_gradients.register_fake
+def _(
+    x: Tensor, dy: Tensor, values: Tensor, transposed: bool, feature_major: bool, keep: int, *at: Any
+) -> tuple[Tensor, Tensor]:
+    return layout.empty(x, x.shape[1], feature_major), values.new_empty(values.shape)
+
+
+def _gradients_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, dy, values, ctx.transposed, _, ctx.keep, starts, columns, *ctx.sizes = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, dy, values, starts, columns)
+
+
+def _gradients_backward(ctx: Any, to_dx: Tensor | None, to_dvalues: Tensor | None) -> tuple[Any, ...]:
+    x, dy, values, *tensors = ctx.saved_tensors
+    at = (*tensors, *ctx.sizes)
+    need_x, need_dy, need_values = ctx.needs_input_grad[:3]
+    transposed, keep = ctx.transposed, ctx.keep
+    from_dx = from_dvalues = to_x = to_values = None
+    if to_dx is not None:
+        to_dx = layout.flat(to_dx)
+        if need_dy:
+            from_dx = unit_spmm(to_dx, values, None, transposed, layout.is_feature_major(dy), keep, *at)
+        if need_values:
+            to_values = unit_sddmm(*((dy, to_dx) if transposed else (to_dx, dy)), values.shape[0], keep, *at)
+    if to_dvalues is not None:
+        if need_dy:
+            from_dvalues = unit_spmm(x, to_dvalues, None, transposed, layout.is_feature_major(dy), 0, *at)
+        if need_x:
+            to_x = unit_spmm(dy, to_dvalues, None, not transposed, layout.is_feature_major(x), 0, *at)
+    return to_x, layout.total(from_dx, from_dvalues), to_values, *[None] * 8
+
+
+unit_gradients.register_autograd(_gradients_backward, setup_context=_gradients_context)
 
 
 def require_index(index: UnitIndex) -> None:
