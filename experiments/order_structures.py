@@ -33,8 +33,8 @@ from regrow.parts import by_score, erk, groups, magnitude
 
 STEPS, BATCH, FIRST = 9370, 64, 1500
 UNTIL = STEPS * 3 // 4
-DENSITIES, SEEDS = (0.1, 0.05, 0.02), 3
-VARIANTS = {"groups(8)": (8, False), "groups(8), ordered": (8, True), "groups(4), ordered": (4, True)}
+DENSITIES, SEEDS = (0.1, 0.05), 3
+VARIANTS = {"groups(8)": (8, False), "groups(8), ordered": (8, True)}
 """The size of a group, and whether alike neurons are put side by side first."""
 
 

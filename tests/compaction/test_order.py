@@ -157,6 +157,35 @@ def test_a_hidden_layer_moves_behind_a_concatenation_and_a_transformer_keeps_its
     assert list(ordered(layer, torch.randn(2, 3, 8))) == ["linear1.weight"]
 
 
+class Scaled(nn.Module):
+    """Hidden neurons that meet a parameter."""
+
+    def __init__(self, meet: Callable[[Tensor, Tensor], Tensor], size: int = 8) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.scale, self.meet = nn.Parameter(torch.empty(size)), meet
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.meet(self.first(x), self.scale).tanh())
+
+
+@pytest.mark.parametrize(
+    "meet",
+    [lambda hidden, scale: hidden * scale, lambda hidden, scale: hidden + scale.expand(hidden.shape[0], -1)],
+    ids=["neuron by neuron", "spread over the batch"],
+)
+def test_a_parameter_that_neurons_meet_moves_along(meet: Callable[[Tensor, Tensor], Tensor]):
+    model = Scaled(meet)
+    moved = ordered(model, torch.randn(2, 3))
+    assert list(moved) == ["first.weight"]
+
+
+def test_neurons_that_meet_a_parameter_along_another_axis_stay():
+    model = Scaled(lambda hidden, scale: (hidden.view(-1, 4, 2) * scale).flatten(1), 2)
+    with pytest.raises(ValueError, match="may change places"):
+        regrow.order_outputs(drawn(model), torch.randn(2, 3), 2)
+
+
 def test_a_layer_that_is_used_twice_moves_as_one():
     class Twice(nn.Module):
         def __init__(self) -> None:
