@@ -65,7 +65,7 @@ def test_without_a_row_a_type_stays_dense() -> None:
     assert kind_of(Mixed) is None and sparse_class(Mixed(2, 3)) is None
     with pytest.raises(ValueError, match=r"there is no sparse form of Mixed: regrow\.nn\.register adds one"):
         from_dense(Mixed(2, 3))
-    with pytest.raises(ValueError, match=r"regrow\.nn\.register adds types of your own"):
+    with pytest.raises(ValueError, match=r"a type with regrow\.nn\.register"):
         find(Mixed(2, 3))
 
 
@@ -254,7 +254,7 @@ def test_a_row_that_does_not_fit_its_modules_is_refused_where_they_are_found() -
 def test_a_weight_without_the_axes_or_blocks_of_its_row_is_refused(row: dict[str, Any]) -> None:
     register(Kind(Mixed, **{"weights": {"kernel": 1}, **row}))
     with pytest.raises(
-        ValueError, match=r"0\.kernel has shape \(12, 24\), and the row of its module in regrow.nn says"
+        ValueError, match=r"0\.kernel has shape \(12, 24\), and the row of its module in regrow\.nn or also= says"
     ):
         find(model())
 

@@ -79,12 +79,14 @@ def dense_gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str,
 
 
 class Noisy(torch.optim.SGD):
+    """Leaves no zero where it is."""
+
     def step(self, closure: Any = None) -> Any:
         super().step(closure)
         with torch.no_grad():
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.01)
+                    parameter.add_(0.01)
 
 
 def hooks_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:

@@ -100,9 +100,12 @@ def _train(optimizer: Optimizer, first: Tensor, gradients: list[Tensor], mask: T
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         twin = _remade(optimizer, parameter)
+        # Some optimizers ask for a closure; this one leaves the gradient that is there.
+        takes_closure = "closure" in inspect.signature(type(twin).step).parameters
+        arguments = [lambda: torch.zeros(())] if takes_closure else []
         for gradient in gradients:
             parameter.grad = gradient.clone()
-            twin.step()
+            twin.step(*arguments)
             parameter.data.masked_fill_(~mask, 0.0)
     return _Trained(parameter.detach(), dict(twin.state.get(parameter, {})))
 
