@@ -102,7 +102,7 @@ def _train(optimizer: Optimizer, first: Tensor, gradients: list[Tensor], mask: T
         twin = _remade(optimizer, parameter)
         # Some optimizers ask for a closure; this one leaves the gradient that is there.
         takes_closure = "closure" in inspect.signature(type(twin).step).parameters
-        arguments = [lambda: torch.zeros(())] if takes_closure else []
+        arguments: list[Any] = [lambda: torch.zeros(())] if takes_closure else []
         for gradient in gradients:
             parameter.grad = gradient.clone()
             twin.step(*arguments)
