@@ -182,7 +182,7 @@ BAD = [
     (["train", "--density", "0.1", "--until", "10000"], "until is 10,000, after the run's last step"),
     (["train", "--density", "0.1", "--steps", "100"], "until is three quarters of the 100 steps"),
     (["train", "--density", "0.1", "--steps", "9", "--epochs", "2"], "--epochs or --steps, not both"),
-    (["train", "--density", "0.1", "--skip", "fc9"], "'fc9' matches none"),
+    (["train", "--density", "0.1", "--skip", "fc9"], "'fc9' in skip= matches none"),
     (["train", "--density", "0.1", "--skip", "fc*"], "nothing to sparsify"),
     (["train", "--density", "0.001", "--budget", "model", "--skip", "fc2"], "least feasible density"),
     (["train", "--density", "0.1", "--hidden", "a"], "--hidden takes widths"),

@@ -28,6 +28,7 @@ from regrow.core.method import (
     Field,
     Growth,
     Latent,
+    Made,
     Method,
     Need,
     Observer,
@@ -258,7 +259,7 @@ from regrow.parts.updates import (
 # fmt: off
 __all__ = [  # noqa: RUF022 - by noun
     # Vocabulary
-    "Allocation", "Drop", "fan_in_scale", "Field", "Growth", "Latent", "Method", "Need", "Observer", "Parts",
+    "Allocation", "Drop", "fan_in_scale", "Field", "Growth", "Latent", "Made", "Method", "Need", "Observer", "Parts",
     "Probe", "Regrow", "Rule", "Score", "Shaped", "Sized", "SparseWeight", "Start", "Statistic", "Stream", "Structure",
     "Timing", "Topology", "Trained", "Units", "Update", "Weights",
     # Scores
